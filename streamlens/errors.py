@@ -1,0 +1,60 @@
+"""The exceptions streamlens raises, and the wording they share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ClosedLensError",
+    "ExpiredFrameError",
+    "LayerNotFoundError",
+    "OverwrittenActivationError",
+    "RunStoreError",
+    "StreamlensError",
+    "UnknownTopicError",
+    "did_you_mean",
+]
+
+
+class StreamlensError(Exception):
+    """Base class of every error that streamlens raises on purpose."""
+
+
+class UnknownTopicError(StreamlensError, LookupError):
+    """A topic that nothing in this run can provide."""
+
+
+class LayerNotFoundError(StreamlensError, LookupError):
+    """A layer pattern that selects no layer of the observed model."""
+
+
+class ClosedLensError(StreamlensError, RuntimeError):
+    """A lens was used after `close()`."""
+
+
+class ExpiredFrameError(StreamlensError, RuntimeError):
+    """A raw frame was read after its delivery had ended."""
+
+
+class OverwrittenActivationError(StreamlensError, RuntimeError):
+    """An activation was overwritten in place before it could be delivered."""
+
+
+class RunStoreError(StreamlensError, RuntimeError):
+    """A file that is not a run store, is damaged, or cannot be used as asked."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """Return `"did you mean 'x'?"` for the nearest known names, or `""`.
+
+    Case is ignored, and a suffix such as `weight` finds `weights`.
+    """
+    names = list(dict.fromkeys(known))
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(wrong.lower(), list(by_lower), n=3, cutoff=0.6)
+    if not near:
+        near = [low for low in by_lower if wrong and wrong.lower() in low][:3]
+    if not near:
+        return ""
+    return "did you mean " + " or ".join(repr(by_lower[low]) for low in near) + "?"
