@@ -1,0 +1,316 @@
+"""The reduction protocol: from one tensor a layer to one number (or fixed-size vector) a layer.
+
+A `Reduction` is a hashable value, so that equal ones are computed once however many chains ask for
+them. Most are finished from a few `Statistic`s (sums, sums of squares, extremes), and those are
+what is shared: the 2-norm, the root mean square and the mean of one tensor need one pass together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHUNK",
+    "FunctionReduction",
+    "Reduction",
+    "Statistic",
+    "Statistics",
+    "accumulate",
+    "chunks_of",
+    "columns",
+    "finish_all",
+    "flat_real",
+    "needed_statistics",
+    "summarise",
+]
+
+CHUNK: Final = 1 << 16
+"""Elements handled at once on the CPU: 256 kB of float32, so that a pass of several operations over
+one piece finds it in the second-level cache."""
+
+_TINY: Final = 1e-30
+"""A float32 sum of squares below this may have lost elements to underflow."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number that is computed from all elements of a tensor and merges over parts of it.
+
+    Attributes:
+        name: One of `count`, `sum`, `sum_of_squares`, `sum_of_powers`, `centred`, `minimum`,
+            `maximum` and `absmax`. `centred` is the sum of squared deviations from the mean.
+        order: The exponent of `sum_of_powers`.
+    """
+
+    name: str
+    order: float = 0.0
+
+
+Statistics: TypeAlias = Mapping[Statistic, Tensor]
+"""One vector a statistic, with one entry a layer."""
+
+
+class Reduction(Hashable):
+    """A function of one tensor to a number or a fixed-size vector, for many tensors at once.
+
+    Subclass it as a frozen dataclass (equal parameters must compare and hash equal) and write
+    either `statistics` with `finish`, or `reduce`.
+    """
+
+    statistics: ClassVar[tuple[Statistic, ...]] = ()
+    components: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What is appended to the topic: `weights` becomes `weights.<name>`."""
+        raise NotImplementedError
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that `finish` reads; none means that `reduce` does the work."""
+        return self.statistics
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The values of all layers from their statistics.
+
+        Args:
+            statistics: A vector a statistic named by `needs`, one entry a layer.
+            count: Elements in each layer's tensor.
+        """
+        raise NotImplementedError
+
+    def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The values of several tensors, stacked: shape `[layers, ...]`."""
+        needs = self.needs()
+        table, count = summarise(tensors, needs)
+        return self.finish(table, count)
+
+    def describe(self) -> str:
+        """How the reduction shows in a plan."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class FunctionReduction(Reduction):
+    """Any function of one tensor, applied layer by layer.
+
+    Attributes:
+        fn: Takes a detached tensor, returns a number or a tensor of a fixed shape.
+        label: The name of the result.
+        components: Names of the entries where the result is a vector.
+    """
+
+    fn: Callable[[Tensor], Tensor | float]
+    label: str
+    components: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The label."""
+        return self.label
+
+    def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Apply the function to each tensor and stack the results."""
+        results: list[Tensor] = []
+        for tensor in tensors:
+            value = self.fn(tensor)
+            result = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            results.append(result if result.is_floating_point() else result.float())
+        return torch.stack(results) if results else torch.empty(0)
+
+
+def needed_statistics(reductions: Iterable[Reduction]) -> tuple[Statistic, ...]:
+    """The union of what several reductions need, in a stable order."""
+    return tuple(dict.fromkeys(s for reduction in reductions for s in reduction.needs()))
+
+
+def finish_all(
+    reductions: Sequence[Reduction], tensors: Sequence[Tensor]
+) -> dict[Reduction, Tensor]:
+    """Several reductions of the same tensors, in one pass over them where that is possible."""
+    shared = [r for r in reductions if r.needs()]
+    table, count = summarise(tensors, needed_statistics(shared))
+    return {r: r.finish(table, count) if r.needs() else r.reduce(tensors) for r in reductions}
+
+
+def flat_real(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as one real vector, without a copy where memory allows it.
+
+    Sparse tensors give their coalesced values, complex ones real and imaginary parts, a
+    DTensor its local shard; the order of elements is that of memory, not of the indices.
+    """
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    # A permuted but dense tensor (channels_last) is one block of memory; order does not matter.
+    order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d), reverse=True)
+    return tensor.permute(order).reshape(-1)
+
+
+def chunks_of(flat: Tensor) -> tuple[Tensor, ...]:
+    """Cache-sized pieces of a flat tensor."""
+    return (flat,) if flat.numel() <= CHUNK else flat.split(CHUNK)
+
+
+def summarise(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> tuple[Statistics, Tensor]:
+    """The statistics of several tensors, each as a vector with one entry a tensor, and their sizes.
+
+    On the CPU each tensor is read piece by piece, accumulating in double precision; elsewhere
+    everything stays on the device and nothing is waited for.
+    """
+    if not tensors:
+        empty = torch.empty(0)
+        return dict.fromkeys(statistics, empty), empty
+    if all(t.device.type == "cpu" for t in tensors):
+        pieces = [chunks_of(flat_real(t)) for t in tensors]
+        counts = torch.tensor([float(sum(p.numel() for p in ps)) for ps in pieces], dtype=torch.float64)
+        return columns([accumulate(ps, statistics) for ps in pieces], statistics), counts
+    return _summarise_on_device(tensors, statistics)
+
+
+def columns(rows: Sequence[Sequence[float]], statistics: Sequence[Statistic]) -> Statistics:
+    """Host numbers, one row a tensor, as one vector a statistic.
+
+    In double precision until the reduction is finished: a float32 square may overflow where its
+    root does not.
+    """
+    if not statistics:
+        return {}
+    table = torch.tensor(rows, dtype=torch.float64)
+    return {statistic: table[:, i] for i, statistic in enumerate(statistics)}
+
+
+def _widen(piece: Tensor) -> Tensor:
+    return piece if piece.dtype in (torch.float32, torch.float64) else piece.float()
+
+
+def accumulate(pieces: Sequence[Tensor], statistics: Sequence[Statistic]) -> list[float]:
+    """The statistics of one tensor on the CPU, given as flat pieces."""
+    if len(statistics) == 1 and statistics[0].name == "sum_of_squares":
+        return [_sum_of_squares(pieces)]
+    return [_ACCUMULATORS[s.name](pieces, s) for s in statistics]
+
+
+def _sum_of_squares(pieces: Sequence[Tensor], _: Statistic | None = None) -> float:
+    total = 0.0
+    for piece in pieces:
+        wide = _widen(piece)
+        part = torch.dot(wide, wide).item()
+        if (part < _TINY or part == math.inf) and piece.numel():
+            # Squares may have left float32's range although the elements have not.
+            double = piece.double()
+            part = torch.dot(double, double).item()
+        total += part
+    return total
+
+
+def _sum(pieces: Sequence[Tensor], _: Statistic | None = None) -> float:
+    total = 0.0
+    for piece in pieces:
+        total += _widen(piece).sum().item()
+    return total
+
+
+def _sum_of_powers(pieces: Sequence[Tensor], statistic: Statistic) -> float:
+    total = 0.0
+    for piece in pieces:
+        wide = _widen(piece).abs()
+        if statistic.order == 0:
+            total += torch.count_nonzero(wide).item()
+        else:
+            total += wide.double().pow_(statistic.order).sum().item()
+    return total
+
+
+def _centred(pieces: Sequence[Tensor], _: Statistic) -> float:
+    # Two passes: the difference of squares would cancel where the mean is large.
+    count = sum(p.numel() for p in pieces)
+    if count == 0:
+        return math.nan
+    mean = _sum(pieces) / count
+    total = 0.0
+    for piece in pieces:
+        wide = _widen(piece) - mean
+        total += torch.dot(wide, wide).item()
+    return total
+
+
+def _extreme(fn: Callable[[Tensor], Tensor], pick: Callable[..., float]) -> Callable[..., float]:
+    def reduce(pieces: Sequence[Tensor], _: Statistic) -> float:
+        parts = [float(fn(p).item()) for p in pieces if p.numel()]
+        if not parts or any(math.isnan(p) for p in parts):
+            return math.nan
+        return pick(parts)
+
+    return reduce
+
+
+def _absmax(piece: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_widen(piece), math.inf)
+
+
+def _size(pieces: Sequence[Tensor], _: Statistic) -> float:
+    return float(sum(p.numel() for p in pieces))
+
+
+_ACCUMULATORS: Final[Mapping[str, Callable[[Sequence[Tensor], Statistic], float]]] = {
+    "count": _size,
+    "sum": _sum,
+    "sum_of_squares": _sum_of_squares,
+    "sum_of_powers": _sum_of_powers,
+    "centred": _centred,
+    "minimum": _extreme(torch.min, min),
+    "maximum": _extreme(torch.max, max),
+    "absmax": _extreme(_absmax, max),
+}
+
+
+def _summarise_on_device(
+    tensors: Sequence[Tensor], statistics: Sequence[Statistic]
+) -> tuple[Statistics, Tensor]:
+    flats = [flat_real(t) for t in tensors]
+    home = next(f.device for f in flats if f.device.type != "cpu")
+    table: dict[Statistic, Tensor] = {}
+    for statistic in statistics:
+        values = _on_device(flats, statistic)
+        table[statistic] = torch.stack([v.to(home, torch.float32, non_blocking=True) for v in values])
+    sizes = torch.tensor([float(f.numel()) for f in flats], pin_memory=home.type == "cuda")
+    return table, sizes.to(home, non_blocking=True)
+
+
+def _on_device(flats: Sequence[Tensor], statistic: Statistic) -> list[Tensor]:
+    if statistic.name == "sum_of_squares":
+        return [n.square() for n in _foreach_norm(flats, 2.0)]
+    if statistic.name == "absmax":
+        return _foreach_norm(flats, math.inf)
+    one: dict[str, Callable[[Tensor], Tensor]] = {
+        "count": lambda f: f.new_tensor(f.numel(), dtype=torch.float32),
+        "sum": lambda f: f.sum(dtype=torch.float32),
+        "sum_of_powers": lambda f: f.float().abs().pow(statistic.order).sum(),
+        "centred": lambda f: f.float().sub(f.mean(dtype=torch.float32)).square().sum(),
+        "minimum": lambda f: f.min() if f.numel() else f.new_full((), math.nan),
+        "maximum": lambda f: f.max() if f.numel() else f.new_full((), math.nan),
+    }
+    return [one[statistic.name](f) for f in flats]
+
+
+def _foreach_norm(flats: Sequence[Tensor], order: float) -> list[Tensor]:
+    kept: dict[Any, list[int]] = {}
+    for i, flat in enumerate(flats):
+        kept.setdefault((flat.device, flat.dtype), []).append(i)
+    out: list[Tensor | None] = [None] * len(flats)
+    for index in kept.values():
+        norms = torch._foreach_norm([flats[i] for i in index], order, dtype=torch.float32)
+        for i, norm in zip(index, norms, strict=True):
+            out[i] = norm
+    return [n for n in out if n is not None]

@@ -1,0 +1,411 @@
+"""`Runtime`: what every source of frames shares, whatever it takes them from.
+
+A runtime delivers bursts of frames in order, keeps failures away from the producer, knows the
+chains that end in subscribers and carries their state. The PyTorch engine is one; a source that
+is pushed to or replayed is another; plain Observables share a default one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from reactivex.abc import DisposableBase
+from reactivex.disposable import Disposable
+from reactivex.subject import Subject
+
+from streamlens.errors import ClosedLensError, StreamlensError
+from streamlens.frame import Frame, Lease
+
+if TYPE_CHECKING:
+    from streamlens.delivery import Delivery
+    from streamlens.sink import RunInfo
+
+__all__ = [
+    "Cell",
+    "Chain",
+    "ErrorReport",
+    "Mark",
+    "MarkKind",
+    "Runtime",
+    "current_chain",
+    "default_runtime",
+]
+
+log: Final = logging.getLogger("streamlens")
+
+_REPEAT_AFTER: Final = 60.0
+"""Seconds after which the same cause is logged again."""
+
+
+class MarkKind(enum.Enum):
+    """What a mark announces."""
+
+    UPDATE = "update"
+    """An optimizer stepped: the frames of its step's parameters follow."""
+    CLOSED = "closed"
+    """A step is over: nothing more of it, nor of an earlier one, will come."""
+    EPOCH = "epoch"
+    """An epoch is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point in the run that operators with state may act on, in order with the frames."""
+
+    kind: MarkKind
+    step: int
+    epoch: int
+    micro_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """One failure that was kept away from training.
+
+    Attributes:
+        error: The exception.
+        where: The chain, sink, layer or hook it came from.
+        step: The step that was open.
+    """
+
+    error: Exception
+    where: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.where} at step {self.step}: {type(self.error).__name__}: {self.error}"
+
+
+class Cell(Protocol):
+    """The state of one operator within one subscription."""
+
+    plan: str
+    skipped: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        ...
+
+
+@dataclass(eq=False)
+class Chain:
+    """One subscription: what was asked for, its state and what it has cost."""
+
+    plan: str
+    key: str
+    foreign: bool = False
+    ends_in: str = "callable"
+    cells: list[Cell] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    subscribing: bool = True
+    alive: bool = True
+    disposable: DisposableBase | None = None
+    complete: Callable[[], None] | None = None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of every operator of the chain, upstream last."""
+        return [{"plan": cell.plan, "state": cell.state_dict()} for cell in self.cells]
+
+
+current_chain: ContextVar[Chain | None] = ContextVar("streamlens_chain", default=None)
+"""The chain that is being subscribed: operators register their state cells and demands with it."""
+
+
+@dataclass(slots=True)
+class _Derived:
+    """A chain's result as a topic of its own, computed once for all who select it."""
+
+    connect: Callable[[Callable[[Frame], None]], DisposableBase]
+    observers: list[Callable[[Frame], None]] = field(default_factory=list)
+    connection: DisposableBase | None = None
+
+
+class Runtime:
+    """Ordered delivery, the error boundary, chains and their state.
+
+    Args:
+        name: The label of this source in sinks, or `""`.
+        on_error: `"report"` contains failures; `"raise"` lets them through, for tests.
+    """
+
+    def __init__(self, name: str = "", on_error: str = "report") -> None:
+        self.name = name
+        self.on_error = on_error
+        self.closed = False
+        self.errors: Subject[ErrorReport] = Subject()
+        self.counts: Counter[str] = Counter()
+        self.chains: list[Chain] = []
+        self.run_id = uuid.uuid4().hex
+        self.resumed_at: int | None = None
+        self._marks: list[Callable[[Mark], None]] = []
+        self._queue: deque[Callable[[], None]] = deque()
+        self._draining = False
+        self._leases: list[Lease] = []
+        self._derived: dict[str, _Derived] = {}
+        self._derived_burst: list[tuple[_Derived, Frame]] = []
+        self._logged: dict[tuple[str, str], float] = {}
+        self._pending_state: dict[str, list[dict[str, Any]]] = {}
+        self._delivery: Delivery | None = None
+        self._lock = threading.RLock()
+
+    # -- the clock, as far as every source has one ------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The step that is open, or was last."""
+        return 0
+
+    def run_info(self) -> RunInfo:
+        """What sinks are told about this run."""
+        from streamlens.sink import RunInfo
+
+        return RunInfo(id=self.run_id, name=self.name, resumed_at=self.resumed_at, metadata=self.metadata())
+
+    def metadata(self) -> dict[str, Any]:
+        """What is known about the run, for sinks that store it."""
+        return {}
+
+    # -- delivery ----------------------------------------------------------------------------
+
+    def post(self, item: Callable[[], None]) -> None:
+        """Run `item` after everything posted before it, also when posted from within a delivery."""
+        self._queue.append(item)
+        self.drain()
+
+    def drain(self) -> None:
+        """Deliver what is queued; does nothing when called from within a delivery."""
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._queue:
+                self._queue.popleft()()
+                while self._derived_burst:
+                    burst, self._derived_burst = self._derived_burst, []
+                    for derived, frame in burst:
+                        for observer in tuple(derived.observers):
+                            self.guarded(observer, frame)
+        finally:
+            self._draining = False
+            leases, self._leases = self._leases, []
+            for lease in leases:
+                lease.end()
+            if self._delivery is not None:
+                self._delivery.end_burst()
+
+    def lend(self, lease: Lease) -> None:
+        """End `lease` when the delivery under way (or the next) is over."""
+        self._leases.append(lease)
+
+    def guarded(self, observer: Callable[[Frame], None], frame: Frame) -> None:
+        """Hand a frame to one observer; what it raises stays here."""
+        try:
+            observer(frame)
+        except Exception as error:
+            self.report(error, f"delivery of {frame.topic!r}")
+
+    # -- marks -------------------------------------------------------------------------------
+
+    def on_mark(self, fn: Callable[[Mark], None]) -> DisposableBase:
+        """Call `fn` with every mark, in order with the frames."""
+        self._marks.append(fn)
+
+        def remove() -> None:
+            with contextlib.suppress(ValueError):
+                self._marks.remove(fn)
+
+        return Disposable(remove)
+
+    def mark(self, mark: Mark) -> None:
+        """Announce a mark to the operators that asked for marks."""
+        for fn in tuple(self._marks):
+            try:
+                fn(mark)
+            except Exception as error:
+                self.report(error, f"{mark.kind.value} of step {mark.step}")
+
+    # -- errors ------------------------------------------------------------------------------
+
+    def report(self, error: Exception, where: str) -> None:
+        """Log a failure once a cause, count it, and publish it on `errors`.
+
+        Raises:
+            Exception: The failure itself, with `on_error="raise"`.
+        """
+        self.counts["errors"] += 1
+        if self.on_error == "raise":
+            raise error
+        cause = (where, type(error).__name__)
+        now = time.monotonic()
+        if now - self._logged.get(cause, -_REPEAT_AFTER) >= _REPEAT_AFTER:
+            self._logged[cause] = now
+            expected = isinstance(error, StreamlensError | OSError)
+            log.error(
+                "%s failed at step %d: %s: %s (training goes on)",
+                where,
+                self.step,
+                type(error).__name__,
+                error,
+                exc_info=None if expected else error,
+            )
+        try:
+            self.errors.on_next(ErrorReport(error, where, self.step))
+        except Exception:
+            log.exception("a subscriber of the errors stream failed")
+
+    def check_open(self) -> None:
+        """Raise if the runtime is closed.
+
+        Raises:
+            ClosedLensError: It is.
+        """
+        if self.closed:
+            raise ClosedLensError("this lens is closed: call streamlens.observe(model) again for a new one")
+
+    # -- chains and their state --------------------------------------------------------------
+
+    def chain_key(self, plan: str) -> str:
+        """A key for a new chain: its plan, with an ordinal where equal plans are subscribed."""
+        taken = {chain.key for chain in self.chains}
+        key, ordinal = plan, 1
+        while key in taken:
+            ordinal += 1
+            key = f"{plan} #{ordinal}"
+        return key
+
+    def add_chain(self, chain: Chain) -> None:
+        """Register a chain that has subscribed, and give it the state that was loaded for it."""
+        chain.subscribing = False
+        self.chains.append(chain)
+        state = self._pending_state.pop(chain.key, None)
+        if state is not None:
+            self._load_chain(chain, state)
+
+    def remove_chain(self, chain: Chain) -> None:
+        """Forget a chain that has ended."""
+        chain.alive = False
+        with contextlib.suppress(ValueError):
+            self.chains.remove(chain)
+        for cell in chain.cells:
+            self.counts["skipped_nan"] += cell.skipped
+
+    def chain_states(self) -> dict[str, list[dict[str, Any]]]:
+        """The state of every chain that has some, by key."""
+        states = {chain.key: chain.state_dict() for chain in self.chains if chain.cells}
+        return {**self._pending_state, **states}
+
+    def load_chain_states(self, states: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Give chains their state back, now or when they subscribe."""
+        self._pending_state = dict(states)
+        for chain in self.chains:
+            state = self._pending_state.pop(chain.key, None)
+            if state is not None:
+                self._load_chain(chain, state)
+
+    def _load_chain(self, chain: Chain, states: list[dict[str, Any]]) -> None:
+        if [s["plan"] for s in states] != [c.plan for c in chain.cells]:
+            self.report(
+                StreamlensError(
+                    f"the snapshot's state of chain {chain.key!r} does not fit its operators; it starts afresh"
+                ),
+                "load_state_dict",
+            )
+            return
+        for cell, state in zip(chain.cells, states, strict=True):
+            cell.load_state_dict(state["state"])
+
+    # -- derived topics ----------------------------------------------------------------------
+
+    def add_derived(self, name: str, connect: Callable[[Callable[[Frame], None]], DisposableBase]) -> None:
+        """Make a chain's result selectable as a topic."""
+        self._derived[name] = _Derived(connect)
+
+    @property
+    def derived_topics(self) -> tuple[str, ...]:
+        """The names given to `derive`."""
+        return tuple(self._derived)
+
+    def subscribe_derived(self, name: str, observer: Callable[[Frame], None]) -> DisposableBase:
+        """Receive a derived topic's frames; its chain runs while somebody does."""
+        derived = self._derived[name]
+        derived.observers.append(observer)
+        if derived.connection is None:
+            # Its chain is a subscription with a key of its own, not part of the one under way.
+            token = current_chain.set(None)
+            try:
+                derived.connection = derived.connect(lambda frame: self._derived_burst.append((derived, frame)))
+            finally:
+                current_chain.reset(token)
+
+        def remove() -> None:
+            with contextlib.suppress(ValueError):
+                derived.observers.remove(observer)
+            if not derived.observers and derived.connection is not None:
+                connection, derived.connection = derived.connection, None
+                connection.dispose()
+
+        return Disposable(remove)
+
+    # -- sinks -------------------------------------------------------------------------------
+
+    @property
+    def delivery(self) -> Delivery:
+        """What stands between this runtime's chains and their sinks."""
+        if self._delivery is None:
+            from streamlens.delivery import Delivery
+
+            self._delivery = Delivery(self.run_info, self.report)
+        return self._delivery
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until every sink has written what it was given; False if that took too long."""
+        return True if self._delivery is None else self._delivery.flush(timeout)
+
+    def complete_chains(self) -> None:
+        """Complete every stream, so that operators let go of what they hold."""
+        for chain in tuple(self.chains):
+            if chain.complete is not None:
+                try:
+                    chain.complete()
+                except Exception as error:
+                    self.report(error, f"completion of {chain.key}")
+
+    def close_delivery(self, timeout: float | None) -> bool:
+        """Flush and close every sink."""
+        return True if self._delivery is None else self._delivery.close(timeout)
+
+    @contextlib.contextmanager
+    def timed(self, chain: Chain | None) -> Iterator[None]:
+        """Charge the time of a block to a chain."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if chain is not None:
+                chain.seconds += time.perf_counter() - start
+
+
+_default: Runtime | None = None
+
+
+def default_runtime() -> Runtime:
+    """The runtime of streams that come from no lens."""
+    global _default
+    if _default is None:
+        _default = Runtime()
+    return _default

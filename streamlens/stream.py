@@ -1,0 +1,286 @@
+"""`Stream`: an Observable of frames that remembers where it comes from.
+
+What the operators of streamlens return is a `Stream`. It knows its runtime (the error boundary and
+the clock's marks), its plan (for `explain()` and for the keys of saved state) and how often its
+frames come; operators of reactivex may stand anywhere in between and give a `Stream` again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from reactivex import ConnectableObservable, Observable, abc
+from reactivex.disposable import Disposable
+
+from streamlens.frame import Frame, Kind
+from streamlens.runtime import Chain, Runtime, current_chain, default_runtime
+from streamlens.sink import Sink
+
+if TYPE_CHECKING:
+    from streamlens.lens import Lens
+
+__all__ = ["Operator", "Stream", "as_stream"]
+
+Operator: TypeAlias = Callable[[Observable[Frame]], Observable[Frame]]
+"""A function from a stream of frames to a stream of frames; what every operator call returns."""
+
+
+class Stream(Observable[Frame]):
+    """An Observable of frames that remembers its source.
+
+    Args:
+        subscribe: The subscription function, as for any Observable.
+        plan: The operators applied so far, as text.
+        runtime: The source's runtime; the shared default one for plain Observables.
+        lens: The Lens the stream came from, if any.
+        kind: How often its frames come, where that is known.
+        foreign: Whether an operator that is not ours is part of it.
+    """
+
+    def __init__(
+        self,
+        subscribe: abc.Subscription[Frame] | None,
+        *,
+        plan: tuple[str, ...],
+        runtime: Runtime,
+        lens: Lens | None = None,
+        kind: Kind | None = None,
+        foreign: bool = False,
+        raw: bool = False,
+    ) -> None:
+        super().__init__(subscribe)
+        self.plan = plan
+        self.runtime = runtime
+        self.lens = lens
+        self.kind = kind
+        self.foreign = foreign
+        self.raw = raw
+
+    def pipe(self, *operators: Callable[[Any], Any]) -> Any:
+        """Apply operators from left to right; what they return is a Stream where it can be one."""
+        result: Any = self
+        for operator in operators:
+            before = result
+            result = operator(result)
+            if (
+                isinstance(before, Stream)
+                and isinstance(result, Observable)
+                and not isinstance(result, Stream | ConnectableObservable)
+            ):
+                result = before._wrap(result, getattr(operator, "__name__", "operator"))
+        return result
+
+    def _wrap(self, foreign: Observable[Any], name: str) -> Stream:
+        return Stream(
+            lambda observer, scheduler=None: foreign.subscribe(observer, scheduler=scheduler),
+            plan=(*self.plan, f"<{name}>"),
+            runtime=self.runtime,
+            lens=self.lens,
+            kind=self.kind,
+            foreign=True,
+        )
+
+    def derive(
+        self, subscribe: abc.Subscription[Frame], step: str, *, kind: Kind | None = None, raw: bool = False
+    ) -> Stream:
+        """A stream that follows this one by an operator of ours.
+
+        Args:
+            subscribe: The new stream's subscription function.
+            step: The operator as it shows in the plan.
+            kind: How often its frames come, if that changes.
+            raw: Whether its frames still hold the model's own tensors.
+        """
+        return Stream(
+            subscribe,
+            plan=(*self.plan, step),
+            runtime=self.runtime,
+            lens=self.lens,
+            kind=kind or self.kind,
+            foreign=self.foreign,
+            raw=raw,
+        )
+
+    @property
+    def plan_text(self) -> str:
+        """The plan in one line."""
+        return " | ".join(self.plan)
+
+    def subscribe(
+        self,
+        on_next: abc.ObserverBase[Frame] | abc.OnNext[Frame] | None = None,
+        on_error: abc.OnError | None = None,
+        on_completed: abc.OnCompleted | None = None,
+        *,
+        scheduler: abc.SchedulerBase | None = None,
+        name: str | None = None,
+    ) -> abc.DisposableBase:
+        """Receive the stream's frames.
+
+        Args:
+            on_next: A sink, an Rx observer, or a callable that takes a frame. Callables run on the
+                training thread; sinks on threads of their own.
+            on_error: Called if the stream ends with an error.
+            on_completed: Called when the stream ends.
+            scheduler: The default scheduler of this subscription.
+            name: The key of the chain's state in `state_dict()`; its plan unless given.
+
+        Returns:
+            A Disposable that ends the subscription.
+
+        Raises:
+            ClosedLensError: The lens is closed.
+            StreamlensError: The chain cannot work, for the reason named.
+        """
+        if current_chain.get() is not None:
+            # An operator subscribes upstream: the chain under way collects what it needs.
+            return super().subscribe(
+                cast("Any", on_next), on_error, on_completed, scheduler=scheduler
+            )
+        self.runtime.check_open()
+        self.check_subscribable()
+        chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
+        self._warn_of_ambiguity(chain, name)
+        terminal = _Terminal(self.runtime, chain, on_next, on_error, on_completed)
+        token = current_chain.set(chain)
+        try:
+            chain.disposable = super().subscribe(
+                terminal.on_next, terminal.on_error, terminal.on_completed, scheduler=scheduler
+            )
+        except BaseException:
+            terminal.dispose()
+            raise
+        finally:
+            current_chain.reset(token)
+        if terminal.failure is not None:
+            terminal.dispose()
+            raise terminal.failure
+        if terminal.ended:
+            return Disposable()
+        self.runtime.add_chain(chain)
+        return Disposable(terminal.dispose)
+
+    def check_subscribable(self) -> None:
+        """Raise where subscribing could not work; a Lens checks that something is selected."""
+
+    def _warn_of_ambiguity(self, chain: Chain, name: str | None) -> None:
+        if name is None and self.foreign and any(
+            c.plan == chain.plan and c.foreign for c in self.runtime.chains
+        ):
+            warnings.warn(
+                f"two chains have the plan {chain.plan!r}, which contains operators of other libraries: "
+                "saved state could be mixed up; pass subscribe(..., name=...) to tell them apart",
+                stacklevel=3,
+            )
+
+
+class _Terminal:
+    """The end of a chain: what the subscriber raises does not go back into the run."""
+
+    __slots__ = (
+        "_on_completed",
+        "_on_error",
+        "_on_next",
+        "_proxy",
+        "chain",
+        "ended",
+        "failure",
+        "runtime",
+    )
+
+    def __init__(
+        self, runtime: Runtime, chain: Chain, on_next: Any, on_error: Any, on_completed: Any
+    ) -> None:
+        self.runtime = runtime
+        self.chain = chain
+        self.failure: Exception | None = None
+        self.ended = False
+        self._proxy: abc.ObserverBase[Frame] | None = None
+        chain.complete = self.on_completed
+        if isinstance(on_next, Sink):
+            chain.ends_in = type(on_next).__name__
+            self._proxy = runtime.delivery.connect(on_next, chain.key)
+            on_next = self._proxy
+        if hasattr(on_next, "on_next"):
+            if self._proxy is None:
+                chain.ends_in = type(on_next).__name__
+            self._on_next: Callable[[Frame], None] | None = on_next.on_next
+            self._on_error: Callable[[Exception], None] | None = on_next.on_error
+            self._on_completed: Callable[[], None] | None = on_next.on_completed
+        else:
+            if on_next is not None and not callable(on_next):
+                raise TypeError(
+                    f"subscribe() needs a sink, an observer or a callable that takes a frame, got {on_next!r}"
+                )
+            if on_next is not None:
+                chain.ends_in = getattr(on_next, "__name__", type(on_next).__name__)
+            self._on_next, self._on_error, self._on_completed = on_next, on_error, on_completed
+
+    def on_next(self, frame: Frame) -> None:
+        self.chain.counts["frames"] += 1
+        if self._on_next is None:
+            return
+        if self.chain.subscribing:
+            # What the callback subscribes is no part of this chain.
+            token = current_chain.set(None)
+            try:
+                self._call(self._on_next, frame)
+            finally:
+                current_chain.reset(token)
+        else:
+            self._call(self._on_next, frame)
+
+    def _call(self, fn: Callable[..., None], *args: Any) -> None:
+        try:
+            fn(*args)
+        except Exception as error:
+            self.chain.counts["errors"] += 1
+            self.runtime.report(error, f"{self.chain.ends_in} at the end of {self.chain.key!r}")
+
+    def on_error(self, error: Exception) -> None:
+        if self.chain.subscribing and self.chain.counts["frames"] == 0:
+            self.failure = error
+            return
+        self.ended = True
+        self.chain.counts["errors"] += 1
+        self.runtime.remove_chain(self.chain)
+        if self._on_error is not None:
+            self._call(self._on_error, error)
+        self.runtime.report(error, f"chain {self.chain.key!r} (it has ended)")
+
+    def on_completed(self) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        self.runtime.remove_chain(self.chain)
+        if self._on_completed is not None:
+            self._call(self._on_completed)
+        if self.chain.disposable is not None:
+            self.chain.disposable.dispose()
+
+    def dispose(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.runtime.remove_chain(self.chain)
+            if self._proxy is not None:
+                cast("Any", self._proxy).dispose()
+        if self.chain.disposable is not None:
+            self.chain.disposable.dispose()
+
+
+def as_stream(source: Observable[Frame]) -> Stream:
+    """The source itself if it is a Stream, else a Stream around it."""
+    if isinstance(source, Stream):
+        return source
+    if not isinstance(source, Observable):
+        raise TypeError(
+            f"an operator takes an Observable of frames, got {type(source).__name__}; "
+            "write source.pipe(operator(...))"
+        )
+    return Stream(
+        lambda observer, scheduler=None: source.subscribe(observer, scheduler=scheduler),
+        plan=(type(source).__name__,),
+        runtime=default_runtime(),
+    )
