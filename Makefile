@@ -12,7 +12,6 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-REQUIREMENTS := pyproject.toml constraints.txt
 BROWSERS := chromium chromium-browser google-chrome
 DEMO := runs/demo
 
@@ -35,18 +34,18 @@ $(BIN)/python:
 	@$(PYTHON) -m venv --clear $(VENV)
 
 # torch first and pinned, so that nothing else chooses a build of it.
-$(VENV)/.torch-installed: $(REQUIREMENTS) | $(BIN)/python
+$(VENV)/.torch-installed: constraints.txt | $(BIN)/python
 	@echo "Installing torch"
 	@$(PIP) install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) --constraint constraints.txt torch
 	@touch $@
 
-$(VENV)/.lab-installed: $(VENV)/.torch-installed
+$(VENV)/.lab-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
 	@echo "Installing streamlens with what the demo needs"
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[lab]"
 	@touch $@
 
 # Everything that the demo needs is among it.
-$(VENV)/.dev-installed: $(VENV)/.torch-installed
+$(VENV)/.dev-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
 	@echo "Installing streamlens with what development needs"
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.lab-installed $@

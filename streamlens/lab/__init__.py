@@ -1,0 +1,30 @@
+"""Models, data and a trainer: what the command line, the examples and the benchmarks train.
+
+Nothing here is needed to observe a model of your own. Needs `pip install "streamlens[lab]"`.
+"""
+
+from __future__ import annotations
+
+from streamlens.lab.data import DATASETS, ImageDataset, load_dataset, make_loader
+from streamlens.lab.models import MODELS, AlexNetMini, FullyConnected, make_model
+from streamlens.lab.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from streamlens.lab.seeding import seed_everything
+from streamlens.lab.trainer import EpochResult, Trainer
+
+__all__ = [
+    "DATASETS",
+    "MODELS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "AlexNetMini",
+    "EpochResult",
+    "FullyConnected",
+    "ImageDataset",
+    "Trainer",
+    "load_dataset",
+    "make_loader",
+    "make_model",
+    "make_optimizer",
+    "make_schedule",
+    "seed_everything",
+]

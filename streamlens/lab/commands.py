@@ -1,0 +1,231 @@
+"""The commands of the command line. `streamlens.cli` runs them."""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamlens.lab._registry import lookup
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Train a small network and watch its training as streams.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain text: an error is one line, wherever it is printed.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Visualisation(enum.StrEnum):
+    """Where a run is shown while it trains."""
+
+    TB = "tb"
+    CONSOLE = "console"
+    NONE = "none"
+
+
+def _known(kind: str, names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
+    """A check of an option's value that gives it as registered, or says what was meant."""
+
+    def check(value: str) -> str:
+        try:
+            return lookup(kind, value, dict.fromkeys(names()))[0]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return check
+
+
+def _models() -> Iterable[str]:
+    from streamlens.lab.models import MODELS
+
+    return MODELS
+
+
+def _datasets() -> Iterable[str]:
+    from streamlens.lab.data import DATASETS
+
+    return DATASETS
+
+
+def _optimizers() -> Iterable[str]:
+    from streamlens.lab.optimizers import OPTIMIZERS
+
+    return OPTIMIZERS
+
+
+def _schedules() -> Iterable[str]:
+    from streamlens.lab.optimizers import SCHEDULES
+
+    return SCHEDULES
+
+
+def _learning_rate(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a finite number above 0")
+    return value
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"streamlens {importlib.metadata.version('streamlens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def streamlens(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train a small network and watch its training as streams."""
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="AlexNetMini or FullyConnected.", callback=_known("model", _models)
+        ),
+    ] = "AlexNetMini",
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset", "-d", help="digits: bundled, no download.", callback=_known("data set", _datasets)
+        ),
+    ] = "digits",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Examples an update.", min=1)] = 128,
+    epochs: Annotated[
+        int, typer.Option("--epochs", "-e", help="Passes through the training set.", min=1)
+    ] = 10,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            "--optimizer",
+            "-o",
+            help="One of torch.optim: Adam, AdamW, SGD, RMSprop and so on.",
+            callback=_known("optimizer", _optimizers),
+        ),
+    ] = "Adam",
+    learning_rate: Annotated[
+        float,
+        typer.Option("--learning-rate", "-l", help="Learning rate, above 0.", callback=_learning_rate),
+    ] = 3e-3,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule",
+            help="Of the learning rate: constant, or exponential (times 0.95 after each epoch).",
+            callback=_known("schedule", _schedules),
+        ),
+    ] = "constant",
+    subsample: Annotated[int, typer.Option("--subsample", "-s", help="Watch every n-th step.", min=1)] = 1,
+    depth: Annotated[
+        int,
+        typer.Option("--depth", help="Watch the modules at this depth; -1: the leaves.", min=-1),
+    ] = -1,
+    visualisation: Annotated[
+        Visualisation,
+        typer.Option(
+            "--visualisation",
+            "-v",
+            help="Show the run as TensorBoard events, as a table in the console, or not at all.",
+        ),
+    ] = Visualisation.TB,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-V", help="Print what is computed, and a line an epoch.")
+    ] = False,
+    ratio: Annotated[bool, typer.Option("--ratio", help="Update-to-weight ratio of each layer.")] = False,
+    norm: Annotated[
+        bool, typer.Option("--norm", help="2-norms of each layer's weights and weight gradients.")
+    ] = False,
+    variance: Annotated[
+        bool, typer.Option("--variance", help="Variances of each layer's weights and weight gradients.")
+    ] = False,
+    train_accuracy: Annotated[
+        bool, typer.Option("--train-accuracy", help="Accuracy on the training set after each epoch.")
+    ] = False,
+    test_accuracy: Annotated[
+        bool, typer.Option("--test-accuracy", help="Accuracy on the test set after each epoch.")
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", help="Of initial weights, dropout and order of batches.", min=0, max=2**32 - 1
+        ),
+    ] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="CPU threads of PyTorch.", min=1, show_default="as PyTorch chooses"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for what the run leaves.", show_default="runs/<date>-<model>-<dataset>"
+        ),
+    ] = None,
+) -> None:
+    """Train a model and leave a folder with run.db, TensorBoard events and report.html.
+
+    The exit status is 1 if the training ended but something could not be recorded.
+    """
+    # Imported here, so that --help and --version answer at once.
+    import torch
+
+    from streamlens.errors import StreamlensError
+    from streamlens.lab.data import load_dataset
+    from streamlens.lab.models import make_model
+    from streamlens.lab.recording import chains, default_folder
+    from streamlens.lab.seeding import seed_everything
+    from streamlens.lab.session import Session
+    from streamlens.lab.trainer import Trainer
+
+    measure = [
+        topic
+        for topic, wanted in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy))
+        if wanted
+    ]
+    seed_everything(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data = load_dataset(dataset)
+    trainer = Trainer(
+        make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes),
+        data,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        measure=measure,
+        metadata={"subsample": subsample, "threads": torch.get_num_threads(), "torch": torch.__version__},
+    )
+    try:
+        streams = chains(
+            trainer.lens,
+            ratio=ratio,
+            norm=norm,
+            variance=variance,
+            emitted=measure,
+            subsample=subsample,
+            depth=depth,
+        )
+    except StreamlensError as error:
+        trainer.lens.close()
+        raise typer.BadParameter(str(error), param_hint="'--depth'") from None
+    session = Session(
+        trainer, out or default_folder(model, dataset), show=visualisation.value, verbose=verbose
+    )
+    raise typer.Exit(session.run(streams))

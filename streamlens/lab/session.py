@@ -1,0 +1,163 @@
+"""`Session`: one training run of the command line, from its first step to its report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from reactivex import Observable
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import streamlens as sl
+from streamlens.frame import Frame
+from streamlens.lab.recording import Recording
+from streamlens.lab.trainer import EpochResult, Trainer
+
+__all__ = ["Session"]
+
+_INTERRUPTED: Final = 130
+"""The exit status of a process that Ctrl-C ended, as shells have it."""
+
+
+class Session:
+    """Trains, shows how far it is, records, and reports.
+
+    Results go to the standard output; progress and warnings to the standard error.
+
+    Args:
+        trainer: What to run. Its lens is closed in the end.
+        folder: What the run leaves goes here.
+        show: `"tb"` for TensorBoard events, `"console"` for a live table, `"none"`.
+        verbose: Print what is computed, a line an epoch, and the tracebacks of failures.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, *, show: str = "tb", verbose: bool = False) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.show = show
+        self.verbose = verbose
+        self.results: list[EpochResult] = []
+        self._failures = 0
+        self._out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self._err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
+
+    def run(self, streams: Sequence[Observable[Frame]]) -> int:
+        """Train to the end, or until interrupted.
+
+        Args:
+            streams: What to record, out of the trainer's lens.
+
+        Returns:
+            The exit status: 0, 1 if something could not be recorded, 130 if interrupted.
+        """
+        lens = self.trainer.lens
+        interrupted = False
+        with self._warnings():
+            lens.errors.subscribe(lambda _: self._failed())
+            recording = Recording(self.folder, tensorboard=self.show == "tb", warn=self._warn)
+            sinks = list(recording.sinks)
+            if self.show == "console":
+                sinks.append(sl.sinks.Console(total=self.trainer.steps))
+            for stream in streams:
+                for sink in sinks:
+                    stream.subscribe(sink)
+            if self.verbose:
+                self._out.print(str(lens.explain()))
+            start = time.perf_counter()
+            try:
+                self._train()
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                seconds = time.perf_counter() - start
+                lens.close()
+            report = recording.write_report()
+        self._summarise(recording, report, seconds, interrupted=interrupted)
+        if interrupted:
+            return _INTERRUPTED
+        return 1 if self._failures else 0
+
+    def _train(self) -> None:
+        steps = self.trainer.steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # The console sink draws a bar of its own; two live displays would overwrite each other.
+        drawn = self._err.is_terminal and self.show != "console"
+        with Progress(*columns, console=self._err, transient=True, disable=not drawn) as progress:
+            task = progress.add_task("training", total=steps)
+
+            def on_epoch(result: EpochResult) -> None:
+                self.results.append(result)
+                line = self._line(result)
+                progress.update(task, description=line)
+                if self.verbose or not self._err.is_terminal:
+                    self._err.print(line)
+
+            self.trainer.fit(on_step=lambda done: progress.update(task, completed=done), on_epoch=on_epoch)
+
+    def _line(self, result: EpochResult) -> str:
+        parts = [f"epoch {result.epoch + 1}/{self.trainer.epochs}", f"loss {result.loss:.4f}"]
+        return "  ".join(parts + _accuracies(result))
+
+    def _summarise(
+        self, recording: Recording, report: Path | None, seconds: float, *, interrupted: bool
+    ) -> None:
+        verb = "Interrupted" if interrupted else "Trained"
+        counted = (
+            f"{len(self.results)} of {self.trainer.epochs} epochs"
+            if interrupted
+            else f"{self.trainer.steps} steps"
+        )
+        self._out.print(f"{verb} after {counted} in {seconds:.1f} s")
+        if self.results:
+            self._out.print("  ".join([f"loss {self.results[-1].loss:.4f}", *_accuracies(self.results[-1])]))
+        if recording.run_db.exists():
+            self._out.print(f"Run store: {recording.run_db}")
+        if recording.events is not None and recording.events.exists():
+            self._out.print(f"TensorBoard: tensorboard --logdir {recording.folder}")
+        if report is not None:
+            self._out.print(f"Report: {report}")
+
+    def _failed(self) -> None:
+        self._failures += 1
+
+    def _warn(self, line: str) -> None:
+        self._failed()
+        self._err.print(f"warning: {line}")
+
+    @contextlib.contextmanager
+    def _warnings(self) -> Iterator[None]:
+        """Print what streamlens logs as lines between those of the progress."""
+        logger = logging.getLogger("streamlens")
+        handler = _ConsoleHandler(self._err, tracebacks=self.verbose)
+        propagate, logger.propagate = logger.propagate, False
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records as one line each, written past a live display."""
+
+    def __init__(self, console: Console, *, tracebacks: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+        self._tracebacks = tracebacks
+        self.setFormatter(logging.Formatter("warning: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        line = self.format(record) if self._tracebacks else f"warning: {record.getMessage()}"
+        self._console.print(line)
+
+
+def _accuracies(result: EpochResult) -> list[str]:
+    measured = {"training accuracy": result.train_accuracy, "test accuracy": result.test_accuracy}
+    return [f"{name} {accuracy:.1%}" for name, accuracy in measured.items() if accuracy is not None]
