@@ -27,6 +27,8 @@ __all__ = [
     "finish_all",
     "flat_real",
     "needed_statistics",
+    "pieces_of",
+    "real_size",
     "summarise",
 ]
 
@@ -157,6 +159,24 @@ def flat_real(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
+_OF_VALUES: Final = frozenset({"sum", "sum_of_squares", "sum_of_powers", "absmax", "count"})
+"""Statistics to which the zeros of a sparse tensor add nothing."""
+
+
+def pieces_of(tensor: Tensor, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
+    """Cache-sized flat pieces of a CPU tensor that are enough for these statistics."""
+    if tensor.layout is not torch.strided and not all(s.name in _OF_VALUES for s in statistics):
+        tensor = tensor.to_dense()
+    return chunks_of(flat_real(tensor))
+
+
+def real_size(tensor: Tensor) -> int:
+    """Real numbers in a tensor: a complex one has two an element, a sparse one its zeros too."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def chunks_of(flat: Tensor) -> tuple[Tensor, ...]:
     """Cache-sized pieces of a flat tensor."""
     return (flat,) if flat.numel() <= CHUNK else flat.split(CHUNK)
@@ -172,8 +192,8 @@ def summarise(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> tup
         empty = torch.empty(0)
         return dict.fromkeys(statistics, empty), empty
     if all(t.device.type == "cpu" for t in tensors):
-        pieces = [chunks_of(flat_real(t)) for t in tensors]
-        counts = torch.tensor([float(sum(p.numel() for p in ps)) for ps in pieces], dtype=torch.float64)
+        pieces = [pieces_of(t, statistics) for t in tensors]
+        counts = torch.tensor([real_size(t) for t in tensors], dtype=torch.float64)
         return columns([accumulate(ps, statistics) for ps in pieces], statistics), counts
     return _summarise_on_device(tensors, statistics)
 
@@ -278,7 +298,7 @@ _ACCUMULATORS: Final[Mapping[str, Callable[[Sequence[Tensor], Statistic], float]
 def _summarise_on_device(
     tensors: Sequence[Tensor], statistics: Sequence[Statistic]
 ) -> tuple[Statistics, Tensor]:
-    flats = [flat_real(t) for t in tensors]
+    flats = [flat_real(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
     home = next(f.device for f in flats if f.device.type != "cpu")
     table: dict[Statistic, Tensor] = {}
     for statistic in statistics:

@@ -116,6 +116,7 @@ class Chain:
     alive: bool = True
     disposable: DisposableBase | None = None
     complete: Callable[[], None] | None = None
+    session: object | None = None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of every operator of the chain, upstream last."""
@@ -186,6 +187,11 @@ class Runtime:
         """Run `item` after everything posted before it, also when posted from within a delivery."""
         self._queue.append(item)
         self.drain()
+
+    @property
+    def delivering(self) -> bool:
+        """Whether a delivery is under way, so that what is posted now waits for its end."""
+        return self._draining
 
     def drain(self) -> None:
         """Deliver what is queued; does nothing when called from within a delivery."""
@@ -375,6 +381,10 @@ class Runtime:
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every sink has written what it was given; False if that took too long."""
         return True if self._delivery is None else self._delivery.flush(timeout)
+
+    def sink_stats(self) -> dict[str, Any]:
+        """What each sink was given, wrote and lost."""
+        return {} if self._delivery is None else self._delivery.stats()
 
     def complete_chains(self) -> None:
         """Complete every stream, so that operators let go of what they hold."""

@@ -1,0 +1,1 @@
+"""Taking artifacts from a PyTorch run, by hooks alone."""

@@ -1,0 +1,449 @@
+"""Taking activations, their gradients, the batch and raw gradients in forward and backward.
+
+Module hooks reduce an output where it appears, so that no activation is kept alive; hooks on the
+outputs do the same with their gradients. Frames are put together where a pass ends: raw and
+reduced activations at the end of the model's forward, all that belongs to the backward once the
+whole backward has run, on the thread that called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from streamlens.capture.hooks import Hook, first_tensor
+from streamlens.capture.table import Needs, Table
+from streamlens.errors import OverwrittenActivationError
+from streamlens.frame import Frame, Kind, Lease
+from streamlens.reductions import Reduction
+from streamlens.topics import Facet, Phase, topic_spec
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
+
+__all__ = ["ForwardCapture", "PassPlan"]
+
+_SIDES: Final = ("activations", "layer_gradients", "raw_gradients")
+
+
+@dataclass(eq=False)
+class _Output:
+    """One (topic, reduction) over one set of layers, and who asked for it."""
+
+    topic: str
+    reduction: Reduction | None
+    wanted: frozenset[str] | None
+    demands: list[Demand] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class PassPlan:
+    """What a pass has to take: compiled once for a set of due demands."""
+
+    outputs: dict[str, list[_Output]]
+    needs: dict[str, dict[str, Needs]]
+    raw: dict[str, frozenset[str]]
+
+
+class _Side:
+    """What one pass has gathered of activations, or of gradients."""
+
+    __slots__ = ("calls", "raw", "sent", "table")
+
+    def __init__(self) -> None:
+        self.table = Table()
+        self.raw: dict[str, tuple[Tensor, int]] = {}
+        self.calls: dict[str, str] = {}
+        self.sent: set[str] = set()
+
+
+class ForwardCapture:
+    """Hooks on modules and outputs, and what the open pass has gathered."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._parameter_handles: list[RemovableHandle] = []
+        self._plans: dict[tuple[int, ...], PassPlan] = {}
+        self._sides: dict[str, _Side] = {}
+        self._overwritten: set[str] = set()
+        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._repeated: dict[str, int] = {}
+        self.plan: PassPlan | None = None
+        self.opener: str | None = None
+        self.in_backward = False
+
+    # -- planning ----------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget every plan, because demands or the model changed."""
+        self._plans.clear()
+        self.plan = None
+
+    def begin_pass(self, due: Sequence[Demand]) -> None:
+        """A new micro-step begins, for which these demands are due."""
+        self._sides = {side: _Side() for side in _SIDES}
+        self._repeated = {}
+        self.in_backward = False
+        key = tuple(map(id, due))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 256:
+                self._plans.clear()
+            plan = self._plans[key] = self._compile(due)
+        self.plan = plan
+
+    def _compile(self, due: Sequence[Demand]) -> PassPlan:
+        outputs: dict[str, list[_Output]] = {}
+        needs: dict[str, dict[str, Needs]] = {side: {} for side in _SIDES}
+        raw: dict[str, frozenset[str]] = {}
+        names = self._names()
+        for topic in _SIDES:
+            found: dict[tuple[Reduction | None, frozenset[str] | None], _Output] = {}
+            wants: dict[str, list[Reduction]] = {}
+            for demand in due:
+                if topic in demand.view.topics:
+                    key = (demand.view.reduction, demand.layers.get(topic))
+                    output = found.setdefault(key, _Output(topic, *key))
+                    output.demands.append(demand)
+            outputs[topic] = list(found.values())
+            untouched: set[str] = set()
+            for output in outputs[topic]:
+                chosen = output.wanted if output.wanted is not None else names[topic]
+                if output.reduction is None:
+                    untouched |= chosen
+                else:
+                    for name in chosen:
+                        wants.setdefault(name, []).append(output.reduction)
+            needs[topic] = {name: Needs.of(reductions) for name, reductions in wants.items()}
+            raw[topic] = frozenset(untouched)
+        return PassPlan(outputs, needs, raw)
+
+    def _names(self) -> dict[str, frozenset[str]]:
+        index = self._engine.index
+        modules = frozenset(index.default_modules())
+        return {
+            "activations": modules,
+            "layer_gradients": modules,
+            "raw_gradients": frozenset(entry.name for entry in index.entries),
+        }
+
+    # -- hooks -------------------------------------------------------------------------------
+
+    def install(self, demands: Iterable[Demand], *, parts: bool) -> None:
+        """Bring the hooks on modules and parameters in line with the demands.
+
+        Args:
+            demands: All demands of the run.
+            parts: Whether any part may be the outermost module called.
+        """
+        wanted: dict[str, set[str]] = {side: set() for side in _SIDES}
+        for demand in demands:
+            for topic in demand.view.topics:
+                if topic in wanted:
+                    layers = demand.layers.get(topic)
+                    wanted[topic] |= self._names()[topic] if layers is None else layers
+        taps = wanted["activations"] | wanted["layer_gradients"]
+        index = self._engine.index
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles = {}
+        for name, module in index.modules.items():
+            if name in taps:
+                self._handles[name] = [module.register_forward_hook(_ModuleHook(self._engine, name))]
+            if parts and name:
+                self._handles.setdefault(name, []).extend(self._part_hooks(name, module))
+        for handle in self._parameter_handles:
+            handle.remove()
+        self._parameter_handles = [
+            entry.parameter.register_post_accumulate_grad_hook(_AccumulateHook(self._engine))
+            for entry in index.entries
+            if entry.name in wanted["raw_gradients"] and entry.parameter.requires_grad
+        ]
+
+    def _part_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(_PartBegins(self._engine, name), with_kwargs=True),
+            module.register_forward_hook(_PartEnds(self._engine, name), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Remove every hook and let go of what was gathered."""
+        for handle in [h for hs in self._handles.values() for h in hs] + self._parameter_handles:
+            handle.remove()
+        self._handles = {}
+        self._parameter_handles = []
+        self._sides = {}
+        self.plan = None
+
+    @property
+    def hooks(self) -> int:
+        """Hooks in place on parts of the model."""
+        return sum(map(len, self._handles.values())) + len(self._parameter_handles)
+
+    # -- while a pass runs -------------------------------------------------------------------
+
+    def output_of(self, name: str, output: Any) -> None:
+        """A module has returned."""
+        plan = self.plan
+        if plan is None:
+            return
+        need, need_gradient = plan.needs["activations"].get(name), plan.needs["layer_gradients"].get(name)
+        raw = name in plan.raw["activations"]
+        if not (need or raw or need_gradient or name in plan.raw["layer_gradients"]):
+            return
+        tensor = first_tensor(output)
+        if tensor is None:
+            return
+        call = self._repeated.get(name, 0)
+        self._repeated[name] = call + 1
+        key = f"{name}@{call}" if call else name
+        side = self._sides["activations"]
+        if need or raw:
+            value = tensor.detach()
+            side.calls[key] = name
+            if need:
+                side.table.measure(key, value, need, self._layer_error)
+            if raw:
+                fixed = name in self._overwritten or tensor.is_inference()
+                side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
+        if (need_gradient or name in plan.raw["layer_gradients"]) and tensor.requires_grad:
+            tensor.register_hook(_GradientHook(self._engine, name, key, self._engine.clock.passes))
+
+    def gradient_of(self, name: str, key: str, passes: int, gradient: Tensor) -> None:
+        """The gradient of a module's output has been computed, perhaps on another thread."""
+        plan = self.plan
+        if plan is None or passes != self._engine.clock.passes:
+            return
+        self._engine.backward_begins()
+        side = self._sides["layer_gradients"]
+        if key in side.calls:
+            self._engine.counts["repeated_backward"] += 1
+            return
+        side.calls[key] = name
+        need = plan.needs["layer_gradients"].get(name)
+        value = gradient.detach()
+        if need:
+            side.table.measure(key, value, need, self._layer_error)
+        if name in plan.raw["layer_gradients"]:
+            side.raw[key] = (value, -1)
+
+    def send(self, topic: str) -> None:
+        """Emit what a pass has gathered of a topic and not yet sent."""
+        side, plan = self._sides.get(topic), self.plan
+        if side is None or plan is None:
+            return
+        fresh = self._in_order(key for key in side.calls if key not in side.sent)
+        if not fresh:
+            return
+        side.sent.update(fresh)
+        lease = Lease()
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        for output in plan.outputs[topic]:
+            keys = fresh
+            if output.wanted is not None:
+                keys = tuple(k for k in fresh if side.calls[k] in output.wanted)
+            frame = self._frame(topic, output, keys, side, lease)
+            if frame is not None:
+                frames.append((output.demands, frame))
+        side.raw.clear()
+        self._engine.post_frames(frames, lease)
+
+    def _frame(
+        self, topic: str, output: _Output, keys: tuple[str, ...], side: _Side, lease: Lease
+    ) -> Frame | None:
+        engine = self._engine
+        if output.reduction is not None:
+            keys = self._interned(side.table.present(output.reduction, keys))
+            if not keys:
+                return None
+            return engine.frame(
+                f"{topic}.{output.reduction.name}",
+                keys,
+                side.table.finish(output.reduction, keys),
+                kind=Kind.MICRO_STEP,
+                components=output.reduction.components,
+            )
+        held = [(key, *side.raw[key]) for key in keys if key in side.raw]
+        good = [(key, value) for key, value, version in held if self._intact(side.calls[key], value, version)]
+        if not good:
+            return None
+        names = self._interned(tuple(key for key, _ in good))
+        return engine.frame(topic, names, tuple(v for _, v in good), kind=Kind.MICRO_STEP, lease=lease)
+
+    def _intact(self, name: str, value: Tensor, version: int) -> bool:
+        if version < 0 or value._version == version:
+            return True
+        self._overwritten.add(name)
+        self._engine.report(
+            OverwrittenActivationError(
+                f"the activation of layer {name!r} was overwritten in place (as nn.ReLU(inplace=True) does) "
+                "before the forward ended; it is left out of this frame and copied from the next one on. "
+                "A reduction such as norm('activations') needs no copy"
+            ),
+            f"activations of {name!r}",
+        )
+        return False
+
+    def raw_gradients(self) -> None:
+        """A backward has run: take the gradients as they stand."""
+        plan = self.plan
+        if plan is None or not plan.outputs["raw_gradients"]:
+            return
+        side = self._sides["raw_gradients"]
+        for entry in self._engine.index.entries:
+            gradient = entry.parameter.grad
+            need = plan.needs["raw_gradients"].get(entry.name)
+            raw = entry.name in plan.raw["raw_gradients"]
+            if gradient is None or not (need or raw) or entry.name in side.calls:
+                continue
+            side.calls[entry.name] = entry.name
+            if need:
+                side.table.measure(entry.name, gradient.detach(), need, self._layer_error)
+            if raw:
+                side.raw[entry.name] = (gradient.detach(), -1)
+        self.send("raw_gradients")
+
+    def drop(self) -> None:
+        """Let go of the tensors of a pass that is over."""
+        for side in self._sides.values():
+            side.raw.clear()
+
+    # -- helpers -----------------------------------------------------------------------------
+
+    def _in_order(self, keys: Iterable[str]) -> tuple[str, ...]:
+        order = self._engine.index.order
+        last = len(order)
+
+        def place(key: str) -> tuple[int, int]:
+            name, _, call = key.partition("@")
+            return order.get(name, last), int(call or 0)
+
+        return self._interned(tuple(sorted(keys, key=place)))
+
+    def _interned(self, layers: tuple[Hashable, ...]) -> tuple[str, ...]:
+        # The same layers give the same object, which is what operators compare first.
+        return self._layer_tuples.setdefault(layers, layers)  # type: ignore[arg-type]
+
+    def _layer_error(self, key: Hashable, error: Exception) -> None:
+        self._engine.report(error, f"layer {key!r}")
+
+    def measure_batch(self, topic: str, tensor: Tensor, due: Sequence[Demand]) -> None:
+        """Emit one tensor of the whole batch: its input, labels or output."""
+        found: dict[Reduction | None, list[Demand]] = {}
+        for demand in due:
+            if topic in demand.view.topics:
+                found.setdefault(demand.view.reduction, []).append(demand)
+        if not found:
+            return
+        lease, frames, table = Lease(), [], Table()
+        needs = Needs.of(r for r in found if r is not None)
+        if needs:
+            table.measure("", tensor.detach(), needs, self._layer_error)
+        for reduction, demands in found.items():
+            if reduction is None:
+                frames.append((demands, self._engine.frame(topic, _MODEL, (tensor.detach(),), kind=Kind.MICRO_STEP, lease=lease)))
+            elif table.present(reduction, _MODEL):
+                frames.append(
+                    (
+                        demands,
+                        self._engine.frame(
+                            f"{topic}.{reduction.name}",
+                            _MODEL,
+                            table.finish(reduction, _MODEL),
+                            kind=Kind.MICRO_STEP,
+                            components=reduction.components,
+                        ),
+                    )
+                )
+        self._engine.post_frames(frames, lease)
+
+
+_MODEL: Final = ("",)
+
+
+class _ModuleHook(Hook):
+    """Forward hook of a module whose output somebody wants."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.engine.in_forward:
+            self.engine.guard(self.engine.forward.output_of, self.name, output)
+
+
+class _PartBegins(Hook):
+    """Forward pre-hook of a part, which may be the outermost module that is called."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.engine.in_forward:
+            self.engine.guard(self.engine.forward_begins, module, self.name, args, kwargs)
+
+
+class _PartEnds(Hook):
+    """Forward hook of a part; does something only if that part began the forward."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.engine.forward.opener == self.name and self.engine.in_forward:
+            self.engine.guard(self.engine.forward_ends, output)
+
+
+class _GradientHook:
+    """Hook of a module's output; must not hold that output, or autograd would keep both."""
+
+    __slots__ = ("engine", "key", "name", "passes")
+
+    def __init__(self, engine: Engine, name: str, key: str, passes: int) -> None:
+        self.engine = engine
+        self.name = name
+        self.key = key
+        self.passes = passes
+
+    def __call__(self, gradient: Tensor) -> None:
+        engine = self.engine
+        if not engine.closed:
+            engine.guard(engine.forward.gradient_of, self.name, self.key, self.passes, gradient)
+
+
+class _AccumulateHook(Hook):
+    """Hook of a parameter whose raw gradient somebody wants: a backward is running."""
+
+    __slots__ = ("engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(self, parameter: Tensor) -> None:
+        if not self.engine.closed:
+            self.engine.guard(self.engine.backward_begins)
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Call `callback` when the backward under way has ended, on the thread that called it."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[no-untyped-call]
+    return True

@@ -1,0 +1,66 @@
+"""Hook objects that copies and saved files of a model leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Hook", "first_tensor", "tensors_in"]
+
+
+class Hook:
+    """Base of every object that is registered as a hook with a model.
+
+    A deep copy, a pickle or a `torch.save` of the model carries its hooks along; what it carries
+    of ours is a function of the standard library that takes anything and does nothing, so that
+    neither the copy nor a machine without streamlens is touched.
+    """
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return contextlib.nullcontext().__exit__
+
+    def __copy__(self) -> Any:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """The tensors in a nested output: tuples, lists, dicts, dataclasses, model outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth > 8:
+        return
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_in(entry, depth + 1)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from tensors_in(entry, depth + 1)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None), depth + 1)
+    elif type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
+        for entry in vars(value).values():
+            if isinstance(entry, Tensor | tuple | list | Mapping):
+                yield from tensors_in(entry, depth + 1)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of a nested output that a gradient reaches, else its first tensor."""
+    if isinstance(value, Tensor):
+        return value
+    first: Tensor | None = None
+    for tensor in tensors_in(value):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return tensor
+        first = tensor if first is None else first
+    return first

@@ -1,0 +1,151 @@
+"""Watching loss functions: the loss, the labels, and the moment a backward begins."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from streamlens.capture.hooks import Hook, first_tensor
+from streamlens.frame import Kind
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+
+__all__ = ["LossCapture", "loss_of_output"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class LossCapture:
+    """The losses watched in a run, and their values in the open micro-step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._handles: list[RemovableHandle] = []
+        self._watched: dict[int, str] = {}
+        self._values: dict[str, Tensor] = {}
+        self._sent = False
+        self._keep_alive: list[Any] = []
+
+    @property
+    def watched(self) -> bool:
+        """Whether the user has named a loss."""
+        return bool(self._watched)
+
+    def watch_module(self, loss: nn.Module) -> None:
+        """Take prediction, labels and loss from a loss module's forward."""
+        if id(loss) in self._watched:
+            return
+        name = self._name(type(loss).__name__)
+        self._watched[id(loss)] = name
+        self._handles.append(loss.register_forward_hook(_LossHook(self._engine, name), with_kwargs=True))
+
+    def watch_function(self, loss: Callable[P, R]) -> Callable[P, R]:
+        """A function that does what `loss` does, and is watched."""
+        name = self._name(getattr(loss, "__name__", type(loss).__name__))
+        engine = self._engine
+
+        @functools.wraps(loss)
+        def watched(*args: P.args, **kwargs: P.kwargs) -> R:
+            result = loss(*args, **kwargs)
+            if not engine.closed:
+                engine.guard(engine.losses.computed, name, args, kwargs, result)
+            return result
+
+        self._watched[id(watched)] = name
+        self._keep_alive.append(watched)
+        return watched
+
+    def _name(self, base: str) -> str:
+        taken, name, ordinal = set(self._watched.values()), base, 1
+        while name in taken:
+            ordinal += 1
+            name = f"{base}.{ordinal}"
+        return name
+
+    def begin_pass(self) -> None:
+        """A new micro-step begins."""
+        self._values = {}
+        self._sent = False
+
+    def computed(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """A watched loss has returned."""
+        engine = self._engine
+        value = first_tensor(result)
+        if value is None or not value.requires_grad or not engine.loss_counts():
+            return
+        engine.watch_backward(value)
+        labels = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
+        self.take(name, value)
+        target = first_tensor(labels) if labels is not None else None
+        if target is not None:
+            engine.forward.measure_batch("input_labels", target, engine.due_now)
+
+    def take(self, name: str, value: Tensor) -> None:
+        """Note a loss of this micro-step; a second call of the same one gets a name of its own."""
+        key, call = name, 0
+        while key in self._values:
+            call += 1
+            key = f"{name}@{call}"
+        with torch.no_grad():
+            # A copy: `loss /= accumulation_steps` would change the value that was computed.
+            self._values[key] = value.detach().float().mean() if value.ndim else value.detach().float().clone()
+
+    def take_if_none(self, name: str, value: Tensor) -> None:
+        """Note a loss that was returned by a closure, unless one is known already."""
+        if not self._values and not self._sent:
+            self.take(name, value)
+
+    def send(self) -> None:
+        """Emit the losses of the micro-step; once, when its backward has run."""
+        values, self._values = self._values, {}
+        if not values or self._sent:
+            return
+        self._sent = True
+        engine = self._engine
+        demands = [d for d in engine.due_now if "loss" in d.view.topics]
+        if not demands:
+            return
+        single = len(values) == 1 and len(self._watched) <= 1
+        stacked = torch.stack(list(values.values()))
+        frame = engine.frame(
+            "loss",
+            ("",),
+            stacked if single else stacked[None],
+            kind=Kind.MICRO_STEP,
+            components=() if single else tuple(values),
+        )
+        engine.post_frames([(demands, frame)])
+
+    def remove(self) -> None:
+        """Remove every hook; wrapped functions go on working, unwatched."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._values = {}
+
+
+def loss_of_output(output: Any) -> Tensor | None:
+    """The loss that a model's output carries, as `.loss` or `["loss"]`."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+class _LossHook(Hook):
+    """Forward hook of a loss module."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.engine.closed:
+            self.engine.guard(self.engine.losses.computed, self.name, args, kwargs, output)

@@ -1,0 +1,164 @@
+"""`ModelIndex`: the names under which a model's modules and parameters are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter, UninitializedTensorMixin
+
+from streamlens.errors import LayerNotFoundError, did_you_mean
+from streamlens.layers import LayerSelector
+from streamlens.topics import Phase, TopicSpec
+
+__all__ = ["ModelIndex", "ParameterEntry", "clean_name"]
+
+
+def clean_name(name: str, wrappers: frozenset[str] = frozenset()) -> str:
+    """A qualified name without what wrappers (DDP, compile, FSDP, checkpointing) put into it.
+
+    Args:
+        name: The name in `named_modules()` or `named_parameters()`.
+        wrappers: Dotted paths that really are wrappers; only those are taken out.
+    """
+    parts: list[str] = []
+    path = ""
+    for part in name.split(".") if name else []:
+        path = f"{path}.{part}" if path else part
+        if path not in wrappers:
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _wrapper_paths(model: nn.Module) -> frozenset[str]:
+    """Paths of children that stand for their parent, because that is a wrapper around them."""
+    found: set[str] = set()
+    inner = {
+        "module": ("DataParallel", "DistributedDataParallel", "AveragedModel", "FullyShardedDataParallel"),
+        "_orig_mod": ("OptimizedModule",),
+        "_fsdp_wrapped_module": ("FullyShardedDataParallel",),
+        "_checkpoint_wrapped_module": ("CheckpointWrapper", "OffloadWrapper", "ActivationWrapper"),
+    }
+    for path, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__}
+        for child, wrappers in inner.items():
+            if kinds.intersection(wrappers) and child in module._modules:
+                found.add(f"{path}.{child}" if path else child)
+    return frozenset(found)
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterEntry:
+    """One parameter and what it is called.
+
+    Attributes:
+        name: Its full name (`features.0.weight`).
+        layer: The name of the module that owns it (`features.0`).
+        role: Its name in that module (`weight`).
+        parameter: The parameter.
+        owner: The module that owns it.
+        order: Its place in the model.
+    """
+
+    name: str
+    layer: str
+    role: str
+    parameter: nn.Parameter
+    owner: nn.Module
+    order: int
+
+    def stale(self) -> bool:
+        """Whether the module holds another parameter by now."""
+        return self.owner._parameters.get(self.role) is not self.parameter
+
+
+class ModelIndex:
+    """Modules and parameters by clean name, in model order; built anew when the model changes.
+
+    Tied parameters are listed once, under their first name; `aliases` has the others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        wrappers = _wrapper_paths(model)
+        self.modules: dict[str, nn.Module] = {}
+        self.entries: list[ParameterEntry] = []
+        self.aliases: dict[str, str] = {}
+        self.uninitialized = False
+        seen: dict[int, str] = {}
+        for path, module in model.named_modules():
+            layer = clean_name(path, wrappers)
+            # A wrapper and what it wraps have one name: hooks go to the inner one.
+            self.modules[layer] = module if layer else self.modules.get(layer, module)
+            for role, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if isinstance(parameter, UninitializedParameter | UninitializedTensorMixin):
+                    self.uninitialized = True
+                    continue
+                name = f"{layer}.{role}" if layer else role
+                if id(parameter) in seen:
+                    self.aliases[name] = seen[id(parameter)]
+                    continue
+                seen[id(parameter)] = name
+                self.entries.append(
+                    ParameterEntry(name, layer, role, parameter, module, len(self.entries))
+                )
+        self.by_id = {id(entry.parameter): entry for entry in self.entries}
+        self.order = {name: i for i, name in enumerate(self.modules)}
+
+    def stale(self) -> bool:
+        """Whether some parameter was replaced since the index was built."""
+        return any(entry.stale() for entry in self.entries)
+
+    def key(self, spec: TopicSpec, entry: ParameterEntry) -> str:
+        """The layer key of a parameter in a topic."""
+        return entry.layer if spec.role else entry.name
+
+    def parameters(self, spec: TopicSpec) -> list[ParameterEntry]:
+        """The parameters that a topic covers, in model order."""
+        if not spec.role:
+            return self.entries
+        return [entry for entry in self.entries if entry.role == spec.role]
+
+    def default_modules(self) -> list[str]:
+        """The modules whose activations are taken by default: leaves, and owners of parameters."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if next(module.children(), None) is None or any(p is not None for p in module._parameters.values())
+        ]
+
+    def resolve(self, spec: TopicSpec, selectors: Iterable[LayerSelector]) -> frozenset[str] | None:
+        """The layer keys that selectors select in a topic; None for all.
+
+        Raises:
+            LayerNotFoundError: They select nothing.
+        """
+        selectors = tuple(selectors)
+        if not selectors or spec.phase not in (Phase.PARAMETER, Phase.MODULE):
+            return None
+        if spec.phase is Phase.MODULE:
+            candidates = {name: (name, module) for name, module in self.modules.items()}
+        else:
+            candidates = {
+                self.key(spec, entry): (entry.layer, entry.owner) for entry in self.parameters(spec)
+            }
+        chosen = set(candidates)
+        for selector in selectors:
+            if selector.globs and not selector.classes:
+                selector.check_globs([*self.modules, *(e.name for e in self.entries)])
+            chosen = {
+                key
+                for key in chosen
+                if selector.matches_module(*candidates[key])
+                or (selector.depth is None and selector.matches_name(key))
+            }
+        if not chosen and not self.uninitialized:
+            wanted = "; ".join(f"layers({s.describe()})" for s in selectors)
+            hint = did_you_mean(selectors[0].globs[0].strip("*.") if selectors[0].globs else "", candidates)
+            raise LayerNotFoundError(
+                f"{wanted} selects no layer of {spec.name!r}: "
+                + (hint or f"it has {', '.join(map(repr, list(candidates)[:8])) or 'none'}")
+            )
+        return frozenset(chosen)

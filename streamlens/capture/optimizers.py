@@ -1,0 +1,211 @@
+"""Seeing every `torch.optim` optimizer step, through PyTorch's global step hooks.
+
+One pair of hooks serves all engines. An engine is told of the outermost step only (a subclass that
+calls `super().step()` fires the hooks twice), and only of optimizers that own one of its model's
+parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from streamlens.capture.model import ModelIndex, ParameterEntry
+
+__all__ = ["OptimizerInfo", "StepListener", "StepWatch", "describe", "step_watch"]
+
+_WRAPPER: Final = next(
+    (
+        constant
+        for constant in Optimizer.profile_hook_step.__code__.co_consts
+        if getattr(constant, "co_name", "") == "wrapper"
+    ),
+    None,
+)
+"""The code of the function that PyTorch wraps around every `step`."""
+
+
+class StepListener(Protocol):
+    """What an engine does when an optimizer steps."""
+
+    def wants(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer owns one of the model's parameters."""
+        ...
+
+    def before_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None
+    ) -> Callable[[], Any] | None:
+        """Called before the update; may return a closure to be used instead."""
+        ...
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after the update."""
+        ...
+
+
+_Entered: TypeAlias = tuple[int, tuple[StepListener, ...]]
+"""A step under way: the optimizer's id and the engines that were told."""
+
+
+class StepWatch:
+    """The global hooks and the engines they serve."""
+
+    def __init__(self) -> None:
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def add(self, listener: StepListener) -> None:
+        """Serve one more engine; the hooks are installed with the first."""
+        with self._lock:
+            self._listeners.add(listener)
+            if not self._handles:
+                self._handles = [
+                    register_optimizer_step_pre_hook(self._before),
+                    register_optimizer_step_post_hook(self._after),
+                ]
+
+    def discard(self, listener: StepListener) -> None:
+        """Serve an engine no longer; the hooks go with the last, once no step is under way."""
+        with self._lock:
+            self._listeners.discard(listener)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the hooks if nobody needs them and no optimizer is stepping.
+
+        Within a step PyTorch iterates over its hooks and would fail if one went.
+        """
+        with self._lock:
+            if self._handles and not self._listeners and not self._frames():
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []
+
+    @property
+    def installed(self) -> bool:
+        """Whether the global hooks are in place."""
+        return bool(self._handles)
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return None
+        stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
+        if stack and self._frames() <= 1:
+            # An earlier step raised, so that its hook for the end never ran.
+            stack.clear()
+        listeners = tuple(
+            listener
+            for listener in tuple(self._listeners)
+            if listener.wants(optimizer) and not any(listener in told for _, told in stack)
+        )
+        stack.append((id(optimizer), listeners))
+        if not listeners:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        replaced = closure if callable(closure) else None
+        for listener in listeners:
+            replaced = listener.before_step(optimizer, replaced) or replaced
+        if replaced is None or replaced is closure:
+            return None
+        if len(args) > 1:
+            return (args[0], replaced, *args[2:]), kwargs
+        return args, {**kwargs, "closure": replaced}
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
+        if torch.compiler.is_compiling() or not any(entered == id(optimizer) for entered, _ in stack):
+            return
+        while True:
+            entered, listeners = stack.pop()
+            if entered == id(optimizer):
+                break
+        for listener in listeners:
+            listener.after_step(optimizer)
+
+    @staticmethod
+    def _frames() -> int:
+        """How many optimizer steps are under way on this thread."""
+        frame, count = sys._getframe(1), 0
+        while frame is not None:
+            count += frame.f_code is _WRAPPER
+            frame = frame.f_back  # type: ignore[assignment]
+        return count
+
+
+_watch: Final = StepWatch()
+
+
+def step_watch() -> StepWatch:
+    """The process's one pair of optimizer hooks."""
+    return _watch
+
+
+class OptimizerInfo:
+    """What an engine knows of one optimizer: which of the model's parameters it owns, and where."""
+
+    def __init__(self, optimizer: Optimizer | None, serial: int) -> None:
+        self.serial = serial
+        self.entries: tuple[ParameterEntry, ...] = ()
+        self.group_of: dict[int, int] = {}
+        self._signature: tuple[Any, ...] = ()
+        self._optimizer = (lambda: None) if optimizer is None else weakref.ref(optimizer)
+
+    @classmethod
+    def by_hand(cls, index: ModelIndex) -> OptimizerInfo:
+        """An update without an optimizer, which may touch every parameter."""
+        info = cls(None, 0)
+        info.entries = tuple(index.entries)
+        return info
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, while it exists."""
+        return self._optimizer()
+
+    def refresh(self, index: ModelIndex, *, force: bool = False) -> bool:
+        """Look again at what the optimizer owns if its groups changed; whether they did."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return False
+        signature = (id(index), *((id(g["params"]), len(g["params"])) for g in optimizer.param_groups))
+        if signature == self._signature and not force:
+            return False
+        self._signature = signature
+        self.group_of = {}
+        owned: dict[int, ParameterEntry] = {}
+        for place, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                entry = index.by_id.get(id(parameter))
+                if entry is not None:
+                    owned[entry.order] = entry
+                    self.group_of[entry.order] = place
+        self.entries = tuple(owned[order] for order in sorted(owned))
+        return True
+
+    def unknown(self, index: ModelIndex) -> bool:
+        """Whether the optimizer holds parameters that the index does not know."""
+        optimizer = self._optimizer()
+        return optimizer is not None and any(
+            id(p) not in index.by_id for group in optimizer.param_groups for p in group["params"]
+        )
+
+
+def describe(optimizers: Iterable[OptimizerInfo]) -> str:
+    """Class names of some optimizers, for messages."""
+    return ", ".join(type(info.optimizer).__name__ for info in optimizers if info.optimizer is not None)

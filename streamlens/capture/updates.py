@@ -1,0 +1,441 @@
+"""What happens around an optimizer's update: whose it is, what is taken, and when it is emitted."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from streamlens.capture.optimizers import OptimizerInfo
+from streamlens.capture.parameters import CallPlan, Output, ParameterCapture
+from streamlens.capture.table import Table
+from streamlens.frame import Frame, Kind, Lease
+from streamlens.runtime import Mark, MarkKind
+from streamlens.topics import Facet, Phase, topic_spec
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
+
+__all__ = ["UpdateCapture"]
+
+_MODEL: Final = ("",)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One update call under way."""
+
+    info: OptimizerInfo
+    plan: CallPlan | None = None
+    gradients: tuple[Table, dict[int, Tensor]] | None = None
+    rates: list[tuple[Output, Tensor]] = field(default_factory=list)
+    lease: Lease | None = None
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    overflow: Tensor | None = None
+    skipped: bool = False
+
+
+@dataclass(eq=False)
+class _Part:
+    """What one optimizer contributed to a reduced frame that waits for its partners."""
+
+    output: Output
+    keys: tuple[Any, ...]
+    layers: tuple[str, ...]
+    values: Tensor
+
+
+class UpdateCapture:
+    """Listens to optimizers on behalf of an engine."""
+
+    def __init__(self, engine: Engine, expected: Sequence[Optimizer] | None) -> None:
+        self._engine = engine
+        self._infos: weakref.WeakKeyDictionary[Optimizer, OptimizerInfo] = weakref.WeakKeyDictionary()
+        self._serials = 0
+        self._parameters = ParameterCapture(lambda where, error: engine.report(error, where))
+        self._expected: weakref.WeakSet[Optimizer] | None = None
+        if expected is not None:
+            self.expect(expected)
+        self._call: _Call | None = None
+        self._stepped: list[OptimizerInfo] = []
+        self._partners: dict[int, set[int]] = {}
+        self._held: dict[Any, list[_Part]] = {}
+        self._manual: OptimizerInfo | None = None
+        self._examples = 0
+        self._last_update: float | None = None
+        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    # -- whose -------------------------------------------------------------------------------
+
+    def expect(self, optimizers: Sequence[Optimizer]) -> None:
+        """A step is complete once all of these have stepped."""
+        self._expected = weakref.WeakSet(optimizers)
+
+    def wants(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer owns one of the model's parameters."""
+        if self._engine.closed:
+            return False
+        info = self._infos.get(optimizer)
+        if info is None:
+            self._serials += 1
+            info = self._infos[optimizer] = OptimizerInfo(optimizer, self._serials)
+        if info.refresh(self._engine.index):
+            if info.unknown(self._engine.index):
+                self._engine.rebuild_index()
+                info.refresh(self._engine.index)
+            self._parameters.reset()
+        return bool(info.entries)
+
+    @property
+    def optimizers(self) -> list[OptimizerInfo]:
+        """The optimizers seen that own parameters of the model."""
+        return [info for info in self._infos.values() if info.entries]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of kept copies."""
+        return self._parameters.bytes_held
+
+    def _unowned(self) -> frozenset[int]:
+        owned = {e.order for info in self._infos.values() for e in info.entries}
+        return frozenset(e.order for e in self._engine.index.entries if e.order not in owned)
+
+    # -- demands -----------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget every plan; let go of copies that nobody needs any more."""
+        self._parameters.reset()
+        step = self._engine.clock.step
+        if not any(
+            (spec := topic_spec(topic)) is not None and spec.facet is Facet.UPDATE
+            for demand in self._engine.demands
+            for topic in demand.view.topics
+            if not demand.view.over(step)
+        ):
+            self._parameters.drop_copies()
+
+    def model_changed(self) -> None:
+        """Parameters were replaced: plans, copies and ownership are out of date."""
+        self._parameters.reset()
+        self._parameters.drop_copies()
+        self._manual = None
+        for info in self._infos.values():
+            info.refresh(self._engine.index, force=True)
+
+    def drop(self) -> None:
+        """Let go of everything."""
+        self._parameters.reset()
+        self._parameters.drop_copies()
+        self._held.clear()
+        self._infos.clear()
+        self._call = None
+        self._manual = None
+
+    def _updates_due(self, step: int) -> bool:
+        return any(
+            demand.view.due(step)
+            and any(
+                (spec := topic_spec(topic)) is not None and spec.facet is Facet.UPDATE
+                for topic in demand.view.topics
+            )
+            for demand in self._engine.demands
+        )
+
+    def pass_begins(self) -> None:
+        """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
+        if not self._engine.clock.counted or self._engine.clock.micro_step == 0:
+            self._examples = 0
+        if not self.optimizers and self._updates_due(self._engine.clock.step):
+            self._parameters.keep(self._engine.index.entries)
+
+    def count_examples(self, data: Tensor) -> None:
+        """Note the size of a batch."""
+        self._examples += data.shape[0] if data.ndim else 1
+
+    # -- before ------------------------------------------------------------------------------
+
+    def before_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None
+    ) -> Callable[[], Any] | None:
+        """An optimizer that owns parameters is about to update them."""
+        engine = self._engine
+        info = self._infos[optimizer]
+        if self._call is not None and self._call.lease is not None:
+            # The step before raised; what it lent ends here.
+            self._call.lease.end()
+        self._call = call = _Call(info)
+        wrapped: list[Callable[[], Any]] = []
+
+        def prepare() -> None:
+            if info in self._stepped or (closure is not None and engine.clock.updated):
+                engine.close_step()
+            found = getattr(optimizer, "found_inf", None)
+            if isinstance(found, Tensor):
+                if found.device.type == "cpu":
+                    call.skipped = bool(found.item() > 0)
+                else:
+                    call.overflow = found
+            if call.skipped or engine.silent or not self._due():
+                return
+            if engine.index.stale():
+                engine.rebuild_index()
+            call.plan = plan = self._plan(info)
+            self._parameters.keep(plan.entries.get(Facet.UPDATE, ()))
+            if closure is None:
+                self._take_gradients(call, optimizer)
+            else:
+                wrapped.append(self._first_evaluation(call, optimizer, closure))
+
+        engine.guard(prepare)
+        if closure is not None and not wrapped and not engine.closed:
+            wrapped.append(self._first_evaluation(call, optimizer, closure))
+        return wrapped[0] if wrapped else None
+
+    def _due(self) -> bool:
+        return any(
+            (spec := topic_spec(topic)) is not None and spec.phase in (Phase.PARAMETER, Phase.CLOCK)
+            for demand in self._engine.due_now
+            for topic in demand.view.topics
+        )
+
+    def _plan(self, info: OptimizerInfo) -> CallPlan:
+        unowned = frozenset() if self._stepped else self._unowned()
+        return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
+
+    def _first_evaluation(
+        self, call: _Call, optimizer: Optimizer, closure: Callable[[], Any]
+    ) -> Callable[[], Any]:
+        """The closure, with its first evaluation counting as this step's forward and backward."""
+        engine = self._engine
+        evaluations = 0
+
+        def evaluate() -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations > 1:
+                with engine.suppressed():
+                    return closure()
+            result = closure()
+            if call is self._call:
+                engine.guard(self._closure_returned, call, optimizer, result)
+            return result
+
+        return evaluate
+
+    def _closure_returned(self, call: _Call, optimizer: Optimizer, result: Any) -> None:
+        engine = self._engine
+        if isinstance(result, Tensor) and not engine.losses.watched and engine.clock.counted:
+            engine.losses.take_if_none("loss", result)
+        engine.flush_pass()
+        if call.plan is not None and call.gradients is None:
+            self._take_gradients(call, optimizer)
+
+    def _take_gradients(self, call: _Call, optimizer: Optimizer | None) -> None:
+        plan, info = call.plan, call.info
+        if plan is None:
+            return
+        call.gradients = table, tensors = self._parameters.gradients(plan, optimizer)
+        if optimizer is not None:
+            call.rates = [
+                (output, self._parameters.rates(output, info, optimizer))
+                for output in plan.outputs.get(Facet.RATE, ())
+            ]
+        raw = [o for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is None]
+        if raw and call.overflow is None:
+            call.lease = Lease()
+            call.versions = [(t, t._version) for t in tensors.values()]
+            frames = [f for o in raw if (f := self._raw(o, tensors, call.lease)) is not None]
+            self._engine.post_frames(frames)
+
+    # -- after -------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer that owns parameters has updated them."""
+        call, self._call = self._call, None
+        info = self._infos.get(optimizer)
+        if info is None:
+            return
+        if call is None or call.info is not info:
+            call = _Call(info)
+        self._engine.guard(self._updated, call, optimizer)
+
+    def by_hand(self) -> None:
+        """The user says that parameters have been updated without a `torch.optim` optimizer."""
+        engine = self._engine
+        if self._manual is None:
+            self._manual = OptimizerInfo.by_hand(engine.index)
+        info = self._manual
+        if info in self._stepped:
+            engine.close_step()
+        call = _Call(info)
+        if not engine.silent and self._due():
+            if engine.index.stale():
+                engine.rebuild_index()
+                info = call.info = self._manual = OptimizerInfo.by_hand(engine.index)
+            call.plan = self._plan(info)
+            self._take_gradients(call, None)
+        self._updated(call, None)
+
+    def _updated(self, call: _Call, optimizer: Optimizer | None) -> None:
+        engine, info = self._engine, call.info
+        if call.skipped:
+            return
+        if not engine.silent:
+            engine.flush_pass()
+        clock = engine.clock
+        ended = clock.batch if clock.in_pass else None
+        clock.end_pass()
+        if optimizer is not None and not clock.counted:
+            engine.update_without_forward()
+        clock.updated = True
+        self._stepped.append(info)
+        now = time.perf_counter()
+        elapsed, self._last_update = (
+            (None if self._last_update is None else now - self._last_update),
+            now,
+        )
+        keep_next = self._updates_due(clock.step + 1)
+        if call.plan is None or engine.silent:
+            self._parameters.invalidate(info.entries)
+        else:
+            self._emit(call, optimizer, elapsed, ended, keep_next)
+        if self._expected is not None and self._complete():
+            engine.close_step()
+
+    def _emit(
+        self,
+        call: _Call,
+        optimizer: Optimizer | None,
+        elapsed: float | None,
+        ended: int | None,
+        keep_next: bool,
+    ) -> None:
+        engine, plan = self._engine, call.plan
+        assert plan is not None
+        lease = call.lease or Lease()
+        if any(t._version != version for t, version in call.versions):
+            # The optimizer worked on the gradients in place: what was lent is no longer true.
+            lease.end()
+            lease = Lease()
+        values, updates, whole = self._parameters.values(plan, keep_next=keep_next)
+        current = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
+        if engine.delivering and whole:
+            whole = {order: tensor.clone() for order, tensor in whole.items()}
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        gradients = call.gradients or (Table(), {})
+        sources: list[tuple[Output, Table, dict[int, Tensor]]] = []
+        sources += [(o, *gradients) for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is not None]
+        sources += [(o, values, current) for o in plan.outputs.get(Facet.VALUE, ())]
+        sources += [(o, updates, whole) for o in plan.outputs.get(Facet.UPDATE, ())]
+        if optimizer is not None:
+            states = self._parameters.states(plan, optimizer)
+            sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
+        for output, table, tensors in sources:
+            if output.reduction is None:
+                if call.overflow is None:
+                    frame = self._raw(output, tensors, lease)
+                    if frame is not None:
+                        frames.append(frame)
+            else:
+                keys = table.present(output.reduction, output.orders)
+                if keys:
+                    self._part(output, keys, table.finish(output.reduction, keys), call, frames)
+        for output, rates in call.rates:
+            self._part(output, output.orders, rates, call, frames)
+        mark = Mark(MarkKind.UPDATE, engine.clock.step, engine.clock.epoch, engine.clock.micro_step)
+        engine.post(lambda: engine.mark(mark))
+        engine.post_frames(frames, lease)
+        self._emit_times(elapsed, ended)
+        if whole:
+            self._parameters.renew(plan.entries.get(Facet.UPDATE, ()), keep_next=keep_next)
+
+    def _emit_times(self, elapsed: float | None, ended: int | None) -> None:
+        engine = self._engine
+        if elapsed and len(self._stepped) == 1:
+            engine.emit("step_time", _MODEL, torch.tensor([elapsed]), Kind.STEP)
+            if self._examples:
+                engine.emit(
+                    "examples_per_second", _MODEL, torch.tensor([self._examples / elapsed]), Kind.STEP
+                )
+        if ended is not None:
+            engine.emit_index("batch_finished", ended)
+
+    def _raw(
+        self, output: Output, tensors: dict[int, Tensor], lease: Lease
+    ) -> tuple[Sequence[Demand], Frame] | None:
+        held = [(key, tensors[o]) for key, o in zip(output.keys, output.orders, strict=True) if o in tensors]
+        if not held:
+            return None
+        layers = self._interned(tuple(key for key, _ in held))
+        frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
+        return output.demands, frame
+
+    # -- several optimizers ------------------------------------------------------------------
+
+    def _part(
+        self,
+        output: Output,
+        keys: tuple[Any, ...],
+        values: Tensor,
+        call: _Call,
+        frames: list[tuple[Sequence[Demand], Frame]],
+    ) -> None:
+        """Add a reduced frame to the burst, or hold it until the optimizer's partners have stepped."""
+        if call.overflow is not None:
+            values = torch.where(call.overflow.to(values.device) > 0, torch.nan, values)
+        layers = output.keys
+        if keys != output.orders:
+            place = dict(zip(output.orders, output.keys, strict=True))
+            layers = self._interned(tuple(place[k] for k in keys))
+        part = _Part(output, keys, layers, values)
+        held = self._held.setdefault(output.group, [])
+        held.append(part)
+        if not self._waiting():
+            del self._held[output.group]
+            frames.append((output.demands, self._merge(held)))
+
+    def _waiting(self) -> bool:
+        """Whether an optimizer that usually steps with those that have is still to come."""
+        stepped = {info.serial for info in self._stepped}
+        partners = set().union(*(self._partners.get(s, set()) for s in stepped))
+        return bool((partners - stepped) & {info.serial for info in self.optimizers})
+
+    def _merge(self, parts: list[_Part]) -> Frame:
+        first = parts[0]
+        layers, values = first.layers, first.values
+        if len(parts) > 1:
+            # Parts come in the order of the optimizers' steps; layers go in model order.
+            entries = [(k, layer) for p in parts for k, layer in zip(p.keys, p.layers, strict=True)]
+            order = sorted(range(len(entries)), key=lambda i: entries[i][0])
+            values = torch.cat([p.values for p in parts])
+            if order != list(range(len(order))):
+                values = torch.stack([values[i] for i in order])
+            layers = self._interned(tuple(entries[i][1] for i in order))
+        output = first.output
+        name = output.spec.name + (f".{output.reduction.name}" if output.reduction is not None else "")
+        components = output.reduction.components if output.reduction is not None else ()
+        return self._engine.frame(name, layers, values, components=components)
+
+    def release(self) -> None:
+        """The step closes: emit what still waited, and note who stepped together."""
+        held, self._held = self._held, {}
+        self._engine.post_frames([(parts[0].output.demands, self._merge(parts)) for parts in held.values()])
+        stepped = {info.serial for info in self._stepped}
+        for serial in stepped:
+            self._partners.setdefault(serial, set()).update(stepped - {serial})
+        self._stepped = []
+
+    def _complete(self) -> bool:
+        stepped = {id(info.optimizer) for info in self._stepped}
+        return self._expected is not None and all(id(o) in stepped for o in self._expected)
+
+    def _interned(self, layers: Iterable[str]) -> tuple[str, ...]:
+        layers = tuple(layers)
+        return self._layer_tuples.setdefault(layers, layers)

@@ -1,0 +1,83 @@
+"""`View`: what a Lens asks of a run, and `Demand`: one subscription to a view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from streamlens.frame import Frame
+from streamlens.layers import LayerSelector
+from streamlens.reductions import Reduction
+from streamlens.runtime import Chain
+
+__all__ = ["Demand", "View"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Topics, layers, cadence and reduction: everything that is decided before computing.
+
+    Attributes:
+        topics: The topics selected; none yet if empty.
+        selectors: Layer selectors, all of which must agree; all layers if empty.
+        every: Due when `step % every == 0`.
+        start: The first step.
+        stop: The step before which it ends, if any.
+        reduction: What becomes of each tensor where it is taken.
+    """
+
+    topics: tuple[str, ...] = ()
+    selectors: tuple[LayerSelector, ...] = ()
+    every: int = 1
+    start: int = 0
+    stop: int | None = None
+    reduction: Reduction | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether a frame of this step is wanted."""
+        return (
+            step % self.every == 0 and step >= self.start and (self.stop is None or step < self.stop)
+        )
+
+    def over(self, step: int) -> bool:
+        """Whether nothing at or after this step is wanted."""
+        return self.stop is not None and step >= self.stop
+
+    def describe(self) -> tuple[str, ...]:
+        """The view as a plan: one entry an argument that is not the default."""
+        parts: list[str] = []
+        if self.topics:
+            parts.append(f"topic({', '.join(map(repr, self.topics))})")
+        parts += [f"layers({selector.describe()})" for selector in self.selectors]
+        if self.every != 1:
+            parts.append(f"every({self.every})")
+        if self.start or self.stop is not None:
+            parts.append(f"between({self.start}, {self.stop})")
+        if self.reduction is not None:
+            parts.append(self.reduction.describe())
+        return tuple(parts)
+
+
+@dataclass(eq=False)
+class Demand:
+    """One subscription to a view.
+
+    Attributes:
+        view: What is wanted.
+        deliver: Receives the frames.
+        chain: The chain it belongs to, which its time is charged to.
+        layers: For each topic, the names wanted; None for all of them.
+    """
+
+    view: View
+    deliver: Callable[[Frame], None]
+    chain: Chain | None
+    layers: dict[str, frozenset[str] | None] = field(default_factory=dict)
+    active: bool = True
+
+    def wants(self, topic: str, frame_layers: tuple[str, ...]) -> tuple[str, ...]:
+        """The layers of a frame that this demand asked for."""
+        wanted = self.layers.get(topic)
+        if wanted is None:
+            return frame_layers
+        return tuple(name for name in frame_layers if name.split("@", 1)[0] in wanted)

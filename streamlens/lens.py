@@ -1,0 +1,552 @@
+"""`observe()` and `Lens`: a view of what a run can emit, narrowed before anything is computed."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, ParamSpec, TypeVar
+
+import torch
+from reactivex import Observable, abc
+from reactivex.subject import Subject
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from streamlens.capture.clock import Clock
+from streamlens.capture.engine import Engine
+from streamlens.capture.root import engine_of
+from streamlens.capture.view import View
+from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError, did_you_mean
+from streamlens.frame import Frame, Kind
+from streamlens.layers import LayerSelector
+from streamlens.notebook import CellKey, current_cell
+from streamlens.reductions import Reduction
+from streamlens.runtime import Chain, ErrorReport, log
+from streamlens.stream import Stream
+from streamlens.topics import topic_spec
+
+__all__ = ["Lens", "observe"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+_clocks: Final[weakref.WeakKeyDictionary[nn.Module, Clock]] = weakref.WeakKeyDictionary()
+"""The clock belongs to the model: one that is observed again goes on counting."""
+
+_engines: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
+
+def observe(
+    model: nn.Module,
+    *,
+    loss: nn.Module | None = None,
+    optimizers: Sequence[Optimizer] | Optimizer | None = None,
+    count: str | None = None,
+    name: str = "",
+    start: int | None = None,
+    emits: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    on_error: str = "report",
+) -> Lens:
+    """Observe a model's training, whatever loop trains it.
+
+    Nothing is captured until something subscribes, and nothing that is captured changes the run.
+
+    Args:
+        model: Any `nn.Module`.
+        loss: The loss module, if losses and labels are wanted; for functions there is
+            `lens.watch_loss`.
+        optimizers: The optimizers whose steps together make one step. Optimizers are found by
+            themselves; naming them closes a step as soon as all of them have stepped.
+        count: Which forwards are training: `"training"` (the default) in training mode only,
+            `"grad"` any with gradients enabled, for those who train in eval mode.
+        name: A label that prefixes layers and topics in sinks, so that two models share one.
+        start: 0 begins the clock anew; a model that was observed before goes on counting.
+        emits: Topics that will come from `lens.emit()`, so that they can be selected before.
+        metadata: Whatever describes the run (hyper-parameters, data set), for sinks that store it.
+        on_error: `"report"` contains every failure; `"raise"` lets it through, for tests.
+
+    Returns:
+        A Lens with nothing selected.
+
+    Raises:
+        TypeError: `model` is no module, or an argument has the wrong type.
+        StreamlensError: The options contradict those of an earlier `observe` of this model.
+
+    Example:
+        >>> import streamlens as sl
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with sl.observe(model) as lens:
+        ...     table = sl.sinks.Table()
+        ...     subscription = lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(table)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"observe() needs a torch.nn.Module, got {type(model).__name__}; for anything else push frames yourself"
+        )
+    if loss is not None and not isinstance(loss, nn.Module):
+        raise TypeError(
+            f"observe(loss=...) needs an nn.Module, got {getattr(loss, '__name__', type(loss).__name__)}; "
+            "for a function write criterion = lens.watch_loss(function)"
+        )
+    for option, value, allowed in (("count", count, ("training", "grad")), ("on_error", on_error, ("report", "raise"))):
+        if value is not None and value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise ValueError(f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}")
+    if start not in (None, 0):
+        raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
+    if isinstance(optimizers, Optimizer):
+        optimizers = [optimizers]
+    cell = current_cell()
+    engine = engine_of(model)
+    if engine is not None:
+        _close_rerun_cell(engine, cell)
+    if engine is None or engine.closed:
+        engine = Engine(model, count=count or "training", name=name, on_error=on_error, optimizers=optimizers)
+        _engines.add(engine)
+        if start is None and model in _clocks:
+            engine.clock.load_state_dict(_clocks[model].state_dict())
+        _clocks[model] = engine.clock
+    else:
+        _merge(engine, count, name, start, optimizers)
+        if on_error == "raise":
+            engine.on_error = on_error
+    if loss is not None and not engine.inert:
+        engine.losses.watch_module(loss)
+    engine.user_topics.update(dict.fromkeys(emits))
+    engine.extra_metadata.update(metadata or {})
+    session = Session(engine, cell)
+    engine.sessions.add(session)
+    return Lens(engine, session)
+
+
+def _merge(
+    engine: Engine,
+    count: str | None,
+    name: str,
+    start: int | None,
+    optimizers: Sequence[Optimizer] | None,
+) -> None:
+    """Bring a later `observe` of the same model together with the first."""
+    for option, new, old in (("count", count, engine.count), ("name", name or None, engine.name)):
+        if new is not None and new != old:
+            raise StreamlensError(
+                f"this model is observed already with {option}={old!r}, now {option}={new!r}: close the earlier "
+                "lens first, or leave the option out"
+            )
+    if start is not None:
+        raise StreamlensError(
+            f"observe(start={start}): this model is being observed; close its lens to begin the clock anew"
+        )
+    if optimizers is not None:
+        engine.updates.expect(optimizers)
+
+
+def _close_rerun_cell(engine: Engine, cell: CellKey | None) -> None:
+    """A notebook cell that runs again replaces the lens it made before."""
+    if cell is None:
+        return
+    for session in tuple(engine.sessions):
+        if session.cell is not None and session.cell.is_rerun(cell):
+            log.info("this notebook cell ran before: its earlier lens is closed")
+            session.close(timeout=5.0)
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_engines):
+        with contextlib.suppress(Exception):
+            engine.shut_down(timeout=10.0)
+
+
+def _kind_of(view: View) -> Kind | None:
+    """How often a view's frames come, if all its topics agree."""
+    kinds = {spec.kind if (spec := topic_spec(t)) is not None else None for t in view.topics}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _under(name: str, frame: Frame) -> Frame:
+    """A frame under a derived topic's name, which several topics of one chain keep apart."""
+    return frame if frame.topic == name or frame.topic.startswith(f"{name}.") else frame.replace(topic=name)
+
+
+def _check_count(what: str, n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"{what}() needs a whole number of at least 0, got {n!r}")
+
+
+class _Batches(Iterable[T]):
+    """A loader whose end is the end of an epoch, unless `epochs()` sees to that."""
+
+    def __init__(self, lens: Lens, loader: Iterable[T]) -> None:
+        self._lens = lens
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._loader
+        if not self._lens.engine.in_epochs:
+            self._lens.engine.end_epoch()
+
+
+class Session:
+    """One call of `observe`: what its lenses have subscribed, and whether it is closed."""
+
+    def __init__(self, engine: Engine, cell: CellKey | None) -> None:
+        self.engine = engine
+        self.cell = cell
+        self.closed = False
+
+    def chains(self) -> list[Chain]:
+        """The chains that were subscribed through this session."""
+        return [chain for chain in self.engine.chains if chain.session is self]
+
+    def close(self, timeout: float | None) -> bool:
+        """End this session's streams; the engine ends with its last session."""
+        if self.closed:
+            return True
+        self.closed = True
+        self.engine.sessions.discard(self)
+        if not self.engine.sessions:
+            return self.engine.shut_down(timeout)
+        for chain in self.chains():
+            if chain.complete is not None:
+                chain.complete()
+        return self.engine.flush(timeout)
+
+
+class Lens(Stream):
+    """A view of what a run can emit: topics, layers, cadence and reduction.
+
+    `observe(model)` returns one with nothing selected. The operators `topic`, `layers`, `every`,
+    `between` and the reductions (`norm`, `mean`, ...) applied to a Lens give a narrower Lens;
+    nothing is captured, copied or computed that no subscriber asked for. What follows the first
+    other operator is an ordinary Observable.
+    """
+
+    def __init__(self, engine: Engine, session: Session, view: View = View()) -> None:
+        name = f"observe({engine.name!r})" if engine.name else "observe()"
+        super().__init__(None, plan=(name, *view.describe()), runtime=engine, kind=_kind_of(view))
+        self.engine = engine
+        self.session = session
+        self.view = view
+        self.lens = self
+        self.raw = view.reduction is None and any(
+            (spec := topic_spec(t)) is not None and spec.raw for t in view.topics
+        )
+
+    # -- narrowing ---------------------------------------------------------------------------
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics selected; none yet if empty."""
+        return self.view.topics
+
+    @property
+    def reducible(self) -> bool:
+        """Whether a reduction can be pushed down: raw topics are selected and none is applied yet."""
+        return self.view.reduction is None and bool(self.topics) and all(
+            (spec := topic_spec(t)) is not None and spec.raw for t in self.topics
+        )
+
+    def narrow(
+        self,
+        *,
+        topics: Sequence[str] | None = None,
+        layers: LayerSelector | None = None,
+        every: int | None = None,
+        between: tuple[int, int | None] | None = None,
+        reduction: Reduction | None = None,
+    ) -> Lens:
+        """A lens that asks for less.
+
+        Args:
+            topics: Select these topics; if some were selected already, they must be among them.
+            layers: Keep only these layers.
+            every: Keep only steps with `step % every == 0`.
+            between: Keep only steps in `[start, stop)`.
+            reduction: What becomes of each tensor where it is taken.
+
+        Raises:
+            UnknownTopicError: A topic that nothing provides.
+            LayerNotFoundError: No layer is selected.
+            StreamlensError: The reduction cannot be pushed down.
+        """
+        self._check_open()
+        view = self.view
+        if topics is not None:
+            view = replace(view, topics=self._select(topics))
+        if layers is not None:
+            view = replace(view, selectors=(*view.selectors, layers))
+            self._check_layers(view)
+        if every is not None:
+            view = replace(view, every=math.lcm(view.every, every))
+        if between is not None:
+            start, stop = between
+            stops = [s for s in (view.stop, stop) if s is not None]
+            view = replace(view, start=max(view.start, start), stop=min(stops) if stops else None)
+        if reduction is not None:
+            target = Lens(self.engine, self.session, view)
+            target.check_subscribable()
+            if not target.reducible:
+                raise StreamlensError(f"{self.plan_text}: {reduction.name} cannot be applied to what is reduced already")
+            view = replace(view, reduction=reduction)
+        if topics is not None and view.selectors:
+            self._check_layers(view)
+        return Lens(self.engine, self.session, view)
+
+    def _select(self, topics: Sequence[str]) -> tuple[str, ...]:
+        wanted = tuple(dict.fromkeys(topics))
+        for topic in wanted:
+            self.engine.check_topic(topic)
+            if self.topics and topic not in self.topics:
+                raise UnknownTopicError(
+                    f"topic {topic!r} was not selected before: this lens has {', '.join(self.topics)}; "
+                    f"start from the lens that observe() returned"
+                )
+        return wanted
+
+    def _check_layers(self, view: View) -> None:
+        if view.topics:
+            self.engine.resolve(view)
+        else:
+            index = self.engine.index
+            view.selectors[-1].check_globs([*index.modules, *(e.name for e in index.entries)])
+
+    def module_classes(self) -> dict[str, nn.Module]:
+        """The model's modules by layer name."""
+        return dict(self.engine.index.modules)
+
+    def check_subscribable(self) -> None:
+        """Raise if no topic is selected.
+
+        Raises:
+            StreamlensError: None is.
+        """
+        self._check_open()
+        if not self.topics:
+            raise StreamlensError(
+                "this lens has no topic selected: apply topic('weights') or a metric such as uw_ratio() or "
+                f"norm('weight_gradients') first. Topics: {', '.join(self.engine.known_topics)}"
+            )
+
+    def _check_open(self) -> None:
+        if self.session.closed or self.engine.closed:
+            raise ClosedLensError("this lens is closed: call streamlens.observe(model) again for a new one")
+
+    def _subscribe_core(
+        self, observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        self.check_subscribable()
+        return self.engine.subscribe_view(self.view, observer.on_next)
+
+    # -- the user's part ---------------------------------------------------------------------
+
+    @property
+    def current_step(self) -> int:
+        """The optimizer update that is open, or was last, counted from 0."""
+        return self.engine.clock.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0; it advances only when told."""
+        return self.engine.clock.epoch
+
+    def step(self) -> None:
+        """Say that the parameters were updated, in a loop without a `torch.optim` optimizer."""
+        self._check_open()
+        self.engine.guard(self.engine.updates.by_hand)
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """Run epochs up to number `n`: `for epoch in lens.epochs(10)`.
+
+        After a resume it goes on to `n` from where the run was. Emits `epoch_started` and
+        `epoch_finished`.
+
+        Args:
+            n: How many epochs the whole run has.
+
+        Raises:
+            ValueError: `n` is no whole number.
+        """
+        _check_count("epochs", n)
+        self._check_open()
+        return self._epochs(n)
+
+    def _epochs(self, n: int) -> Iterator[int]:
+        engine = self.engine
+        engine.in_epochs += 1
+        try:
+            while engine.clock.epoch < n:
+                epoch = engine.clock.epoch
+                engine.emit_index("epoch_started", epoch)
+                yield epoch
+                if engine.clock.epoch == epoch:
+                    engine.end_epoch()
+        finally:
+            engine.in_epochs -= 1
+
+    def batches(self, loader: Iterable[T]) -> Iterable[T]:
+        """Iterate over a loader once, and end the epoch: `for x, y in lens.batches(loader)`.
+
+        Within `lens.epochs()` the epoch ends with that loop and not here.
+
+        Args:
+            loader: Anything that yields batches; its length is kept.
+        """
+        self._check_open()
+        return _Batches(self, loader)
+
+    def epoch_finished(self) -> None:
+        """Say that an epoch is over; closes the open step first if it had its update."""
+        self._check_open()
+        self.engine.end_epoch()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Silence a region: forwards and updates in it emit nothing and do not count as passes."""
+        self.engine.paused += 1
+        try:
+            yield
+        finally:
+            self.engine.paused -= 1
+
+    def watch_loss(self, loss: Callable[P, R]) -> Callable[P, R]:
+        """Watch a loss: an `nn.Module`, or any callable `(prediction, labels) -> loss`.
+
+        Returns:
+            The module itself, or a function to call in place of the one given.
+
+        Example:
+            `criterion = lens.watch_loss(F.cross_entropy)`
+        """
+        self._check_open()
+        if isinstance(loss, nn.Module):
+            self.engine.losses.watch_module(loss)
+            return loss
+        if not callable(loss):
+            raise TypeError(f"watch_loss() needs a module or a function, got {type(loss).__name__}")
+        return self.engine.losses.watch_function(loss)
+
+    def emit(self, topic: str, value: float | Tensor | Mapping[str, Any]) -> None:
+        """Emit a number of your own, at the step that is open.
+
+        Args:
+            topic: Its name, such as `"validation_loss"`.
+            value: A number, a tensor, or `{layer: number or tensor}`.
+
+        Raises:
+            StreamlensError: The topic is one that the run emits by itself.
+        """
+        self._check_open()
+        engine = self.engine
+        if topic_spec(topic) is not None or topic in engine.derived_topics:
+            raise StreamlensError(f"cannot emit {topic!r}: the run provides that topic itself; choose another name")
+        engine.user_topics[topic] = None
+        by_layer = value if isinstance(value, Mapping) else {"": value}
+        values = [torch.as_tensor(v).detach() for v in by_layer.values()]
+        if not values:
+            return
+        values = [v.clone() if v.is_floating_point() else v.float() for v in values]
+        if any(v.shape != values[0].shape for v in values):
+            raise ValueError(f"emit({topic!r}): the values of all layers must have one shape")
+        engine.emit(topic, tuple(by_layer), torch.stack(values), Kind.EVENT)
+
+    def derive(self, name: str, chain: Observable[Frame]) -> Stream:
+        """Make a chain's result a topic of its own, computed once for all who select it.
+
+        Its frames are delivered after the whole burst of frames that made them.
+
+        Args:
+            name: The topic. A chain that yields several topics keeps them under that name.
+            chain: What `lens.pipe(...)` returned.
+
+        Returns:
+            The stream of the derived topic.
+
+        Raises:
+            StreamlensError: The name is taken, or the chain is not of this lens.
+        """
+        self._check_open()
+        engine = self.engine
+        if name in engine.known_topics or topic_spec(name) is not None:
+            raise StreamlensError(f"cannot derive {name!r}: there is a topic of that name already")
+        if not isinstance(chain, Stream) or chain.runtime is not engine:
+            raise StreamlensError(f"derive({name!r}): the chain must come from this lens: lens.pipe(...)")
+        chain.check_subscribable()
+
+        def connect(push: Callable[[Frame], None]) -> abc.DisposableBase:
+            return chain.subscribe(lambda frame: push(_under(name, frame)), name=f"derive({name})")
+
+        engine.add_derived(name, connect)
+        return Lens(engine, self.session, View(topics=(name,)))
+
+    # -- state, errors, the end --------------------------------------------------------------
+
+    @property
+    def errors(self) -> Subject[ErrorReport]:
+        """Failures that were kept away from training, as an Observable."""
+        return self.engine.errors
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and the state of every operator, as plain containers and tensors."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a snapshot was taken; works before and after subscribing.
+
+        Args:
+            state: What `state_dict()` gave, also after `torch.save` and `torch.load`.
+        """
+        self._check_open()
+        self.engine.load_state_dict(state)
+
+    def explain(self, format: str = "text") -> str:
+        """What runs, as a database explains a query.
+
+        Args:
+            format: `"text"`, or `"mermaid"` for a graph.
+        """
+        from streamlens.explain import explain
+
+        return explain(self.engine, format)
+
+    def stats(self) -> dict[str, int]:
+        """Frames emitted, late, dropped; NaN skipped; errors."""
+        return self.engine.stats()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until every sink has written what it was given; False if that took too long."""
+        return self.engine.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Complete every stream, remove every hook, flush and close every sink.
+
+        Args:
+            timeout: Seconds to wait for sinks; no limit if None.
+
+        Returns:
+            Whether every sink had written everything in time.
+        """
+        return self.session.close(timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lens is closed."""
+        return self.session.closed or self.engine.closed
+
+    def __enter__(self) -> Lens:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close(timeout=30.0)
+
+    def __repr__(self) -> str:
+        return f"<Lens {self.plan_text}{' (closed)' if self.closed else ''}>"
