@@ -464,6 +464,12 @@ class Engine(Runtime):
         self.updates.model_changed()
         self._demands_changed()
 
+    def hook_counts(self) -> str:
+        """The hooks in place, for people."""
+        if self.inert:
+            return "none"
+        return f"2 on the model, {self.forward.hooks} on its parts and parameters, 2 on optimizers (shared)"
+
     # -- state and the end -------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:

@@ -144,20 +144,37 @@ def train(
         ),
     ] = Visualisation.TB,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-V", help="Print what is computed, and a line an epoch.")
+        bool,
+        typer.Option(
+            "--verbose", "-V", help="Print what is computed, and a line an epoch.", show_default="off"
+        ),
     ] = False,
-    ratio: Annotated[bool, typer.Option("--ratio", help="Update-to-weight ratio of each layer.")] = False,
+    ratio: Annotated[
+        bool, typer.Option("--ratio", help="Update-to-weight ratio of each layer.", show_default="off")
+    ] = False,
     norm: Annotated[
-        bool, typer.Option("--norm", help="2-norms of each layer's weights and weight gradients.")
+        bool,
+        typer.Option(
+            "--norm", help="2-norms of each layer's weights and weight gradients.", show_default="off"
+        ),
     ] = False,
     variance: Annotated[
-        bool, typer.Option("--variance", help="Variances of each layer's weights and weight gradients.")
+        bool,
+        typer.Option(
+            "--variance", help="Variances of each layer's weights and weight gradients.", show_default="off"
+        ),
     ] = False,
     train_accuracy: Annotated[
-        bool, typer.Option("--train-accuracy", help="Accuracy on the training set after each epoch.")
+        bool,
+        typer.Option(
+            "--train-accuracy", help="Accuracy on the training set after each epoch.", show_default="off"
+        ),
     ] = False,
     test_accuracy: Annotated[
-        bool, typer.Option("--test-accuracy", help="Accuracy on the test set after each epoch.")
+        bool,
+        typer.Option(
+            "--test-accuracy", help="Accuracy on the test set after each epoch.", show_default="off"
+        ),
     ] = False,
     seed: Annotated[
         int,

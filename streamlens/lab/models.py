@@ -20,7 +20,7 @@ class AlexNetMini(nn.Module):
 
     Two convolutions of `width` and `2 * width` filters (3x3, padding 1), each followed by a ReLU and
     2x2 max pooling; then dropout and one linear classifier. With the defaults the classifier sees
-    8 x 8 x 8 features of a 32 x 32 image, and the network has 5,534 parameters.
+    8 x 8 x 8 features of a 32 x 32 image, and the network has 5,538 parameters.
 
     Args:
         channels: Channels of an image.

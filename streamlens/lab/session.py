@@ -23,6 +23,9 @@ __all__ = ["Session"]
 _INTERRUPTED: Final = 130
 """The exit status of a process that Ctrl-C ended, as shells have it."""
 
+_PATIENCE: Final = 30.0
+"""Seconds that slow sinks get in the end to write what they were given."""
+
 
 class Session:
     """Trains, shows how far it is, records, and reports.
@@ -67,7 +70,7 @@ class Session:
                 for sink in sinks:
                     stream.subscribe(sink)
             if self.verbose:
-                self._out.print(str(lens.explain()))
+                self._out.print(lens.explain())
             start = time.perf_counter()
             try:
                 self._train()
@@ -75,7 +78,8 @@ class Session:
                 interrupted = True
             finally:
                 seconds = time.perf_counter() - start
-                lens.close()
+                if not lens.close(timeout=_PATIENCE):
+                    self._warn(f"not everything could be written within {_PATIENCE:.0f} s")
             report = recording.write_report()
         self._summarise(recording, report, seconds, interrupted=interrupted)
         if interrupted:

@@ -98,7 +98,9 @@ class Trainer:
             "batch_size": batch_size,
             "seed": seed,
         }
-        self.lens = sl.observe(model, loss=self.criterion, metadata={**known, **(metadata or {})})
+        self.lens = sl.observe(
+            model, loss=self.criterion, emits=tuple(self._measured), metadata={**known, **(metadata or {})}
+        )
 
     @property
     def steps(self) -> int:

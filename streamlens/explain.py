@@ -1,0 +1,146 @@
+"""`lens.explain()`: what runs, what is captured for it, what is shared, and what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from streamlens.errors import did_you_mean
+from streamlens.topics import Phase, topic_spec
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
+    from streamlens.runtime import Chain
+
+__all__ = ["explain"]
+
+
+def explain(engine: Engine, format: str = "text") -> str:
+    """The plan of everything that is subscribed.
+
+    Args:
+        engine: The observed model's engine.
+        format: `"text"` or `"mermaid"`.
+
+    Raises:
+        ValueError: Another format.
+    """
+    if format == "text":
+        return _text(engine)
+    if format == "mermaid":
+        return _mermaid(engine)
+    hint = did_you_mean(format, ("text", "mermaid"))
+    raise ValueError(f"explain(format={format!r}): {hint or 'allowed are text and mermaid'}")
+
+
+def _text(engine: Engine) -> str:
+    model = engine.metadata()
+    lines = [
+        f"{model['model'] or 'model'} ({model['parameters']:,} parameters), step {engine.clock.step}"
+        + (", nothing runs: STREAMLENS_DISABLED is set" if engine.inert else "")
+    ]
+    for chain in engine.chains:
+        lines += ["", f"chain {chain.key}", *(f"  {line}" for line in _chain(engine, chain))]
+    if not engine.chains:
+        lines += ["", "no chain is subscribed: nothing is captured"]
+    lines += ["", "captured", *(f"  {line}" for line in _captured(engine))]
+    lines += [
+        "",
+        f"hooks: {engine.hook_counts()}",
+        f"bytes held: {engine.updates.bytes_held:,} (copies of parameters for updates)",
+    ]
+    return "\n".join(lines)
+
+
+def _chain(engine: Engine, chain: Chain) -> Iterable[str]:
+    demands = [d for d in engine.demands if d.chain is chain]
+    for demand in demands:
+        yield f"asks for {_asked(demand)}"
+    steps = _steps(engine)
+    cost = f"{chain.seconds / steps * 1e6:.0f} us a step" if steps and chain.counts["frames"] else "not run yet"
+    yield f"ends in {chain.ends_in}: {chain.counts['frames']:,} frames, {cost}"
+    lost = [f"{chain.counts[name]} {name}" for name in ("late", "incomplete", "errors") if chain.counts[name]]
+    skipped = sum(cell.skipped for cell in chain.cells)
+    if skipped:
+        lost.append(f"{skipped} NaN skipped")
+    if lost:
+        yield ", ".join(lost)
+
+
+def _asked(demand: Demand) -> str:
+    view = demand.view
+    parts = []
+    for topic in view.topics:
+        layers = demand.layers.get(topic)
+        parts.append(topic + ("" if layers is None else f" of {len(layers)} layers"))
+    text = ", ".join(parts)
+    if view.reduction is not None:
+        text += f", reduced to {view.reduction.describe()} where it is taken"
+    if view.every > 1:
+        text += f", every {view.every} steps"
+    if view.start or view.stop is not None:
+        text += f", steps {view.start} to {'the end' if view.stop is None else view.stop}"
+    return text
+
+
+def _captured(engine: Engine) -> Iterable[str]:
+    """Each (topic, reduction), how often it is asked for, and when it is taken."""
+    asked: Counter[tuple[str, str]] = Counter()
+    cadence: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for demand in engine.demands:
+        for topic in demand.view.topics:
+            what = demand.view.reduction.describe() if demand.view.reduction is not None else "raw"
+            asked[topic, what] += 1
+            cadence[topic, what].add(demand.view.every)
+    for (topic, what), times in asked.items():
+        spec = topic_spec(topic)
+        where = {
+            Phase.PARAMETER: "optimizer hook",
+            Phase.MODULE: "module hooks",
+            Phase.BATCH: "model hook",
+            Phase.LOSS: "loss hook",
+            Phase.CLOCK: "clock",
+        }.get(spec.phase if spec is not None else Phase.USER, "emitted by you or derived")
+        every = ", ".join(f"every {n}" if n > 1 else "every step" for n in sorted(cadence[topic, what]))
+        shared = f", shared by {times}" if times > 1 else ""
+        yield f"{topic} {what}: {where}, {every}{shared}"
+    if not asked:
+        yield "nothing"
+
+
+def _mermaid(engine: Engine) -> str:
+    """A flowchart from the run through what is captured and each chain's operators to its end."""
+    lines = ["flowchart LR", f'  run["{_escape(engine.metadata()["model"])}"]']
+    nodes: dict[tuple[str, str], str] = {}
+    for number, chain in enumerate(engine.chains):
+        entries = []
+        for demand in engine.demands:
+            if demand.chain is not chain:
+                continue
+            for topic in demand.view.topics:
+                what = demand.view.reduction.describe() if demand.view.reduction is not None else "raw"
+                if (topic, what) not in nodes:
+                    nodes[topic, what] = f"t{len(nodes)}"
+                    lines.append(f'  run --> {nodes[topic, what]}(["{_escape(topic)} {_escape(what)}"])')
+                entries.append(nodes[topic, what])
+        steps = [cell.plan for cell in reversed(chain.cells)] or [chain.plan]
+        previous = list(dict.fromkeys(entries))
+        for place, step in enumerate(steps):
+            name = f"c{number}_{place}"
+            lines.append(f'  {name}["{_escape(step)}"]')
+            lines += [f"  {p} --> {name}" for p in previous]
+            previous = [name]
+        lines.append(f'  e{number}[/"{_escape(chain.ends_in)}"/]')
+        lines += [f"  {p} --> e{number}" for p in previous]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return str(text).replace("&", "#amp;").replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
+
+
+def _steps(engine: Engine) -> int:
+    """Steps that have had their update."""
+    return engine.clock.step + int(engine.clock.updated)
