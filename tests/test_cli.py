@@ -1,0 +1,367 @@
+"""The command line, run as people run it."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner, Result
+
+from streamlens.lab.commands import app
+from streamlens.lab.data import DATASETS
+from streamlens.lab.models import MODELS
+from streamlens.lab.optimizers import OPTIMIZERS, SCHEDULES
+from streamlens.lab.session import Session
+from streamlens.runs import read_run
+from streamlens.sinks.run_store import RunStore
+
+EVERYTHING = ("--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy")
+# The fully connected net on three large batches an epoch: as little work as a run can be.
+SHORT = ("-m", "FullyConnected", "-e", "2", "-b", "600", "--threads", "1")
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """`--threads` sets the whole process's number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def streamlens(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(*arguments: str | Path) -> Result:
+    result = streamlens("train", *arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def words(text: str) -> str:
+    """The text with its line breaks undone."""
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("cli") / "a" / "run"
+    return folder, train(*SHORT, *EVERYTHING, "--out", folder)
+
+
+def test_a_run_leaves_store_events_and_report_and_says_where(full_run: tuple[Path, Result]) -> None:
+    folder, result = full_run
+    assert {path.name for path in folder.iterdir()} >= {"run.db", "tensorboard", "report.html"}
+    for name in ("run.db", "report.html"):
+        assert f"{folder}/{name}" in result.stdout
+    assert f"tensorboard --logdir {folder}" in result.stdout
+    assert "warning" not in result.output
+
+
+def test_the_store_holds_what_was_asked_for_at_every_step(full_run: tuple[Path, Result]) -> None:
+    with read_run(full_run[0] / "run.db") as run:
+        assert set(run.topics) >= {
+            "loss",
+            "loss.ema",
+            "learning_rate",
+            "uw_ratio",
+            "weights.norm2",
+            "weight_gradients.norm2",
+            "weights.var",
+            "weight_gradients.var",
+            "train_accuracy",
+            "test_accuracy",
+        }
+        assert run.layers("uw_ratio") == ["layers.1", "layers.3", "layers.5"]
+        for topic in ("loss", "uw_ratio", "weights.var"):
+            assert sorted(set(run.dataframe(topic)["step"])) == list(range(STEPS))
+        assert list(run.dataframe("test_accuracy")["epoch"]) == [0, 1]
+        assert (run.dataframe("learning_rate")["value"] == pytest.approx(3e-3)).all()
+
+
+def test_the_store_knows_how_the_run_was_made(full_run: tuple[Path, Result]) -> None:
+    with read_run(full_run[0] / "run.db") as run:
+        known = {
+            "model": "FullyConnected",
+            "dataset": "digits",
+            "optimizer": "Adam",
+            "learning_rate": 3e-3,
+            "schedule": "constant",
+            "epochs": 2,
+            "batch_size": 600,
+            "seed": 0,
+        }
+        assert {key: run.metadata.get(key) for key in known} == known
+
+
+def test_the_average_recorded_is_that_of_the_losses_recorded(full_run: tuple[Path, Result]) -> None:
+    with read_run(full_run[0] / "run.db") as run:
+        losses = run.dataframe("loss")["value"].tolist()
+        averages = run.dataframe("loss.ema")["value"].tolist()
+    expected = [losses[0]]
+    for loss in losses[1:]:
+        expected.append(0.9 * expected[-1] + 0.1 * loss)
+    assert averages == pytest.approx(expected)
+
+
+def test_the_events_hold_the_same_numbers_as_the_store(full_run: tuple[Path, Result]) -> None:
+    folder, _ = full_run
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("uw_ratio/layers.3")]
+    with read_run(folder / "run.db") as run:
+        stored = run.dataframe("uw_ratio", layers=["layers.3"])
+    assert seen == list(zip(stored["step"], stored["value"], strict=True))
+
+
+def test_the_printed_accuracies_are_those_recorded(full_run: tuple[Path, Result]) -> None:
+    folder, result = full_run
+    with read_run(folder / "run.db") as run:
+        last = {
+            topic: run.dataframe(topic)["value"].iloc[-1] for topic in ("train_accuracy", "test_accuracy")
+        }
+    assert f"training accuracy {last['train_accuracy']:.1%}" in result.stdout
+    assert f"test accuracy {last['test_accuracy']:.1%}" in result.stdout
+
+
+def test_progress_without_a_terminal_is_a_line_an_epoch(full_run: tuple[Path, Result]) -> None:
+    lines = [line for line in full_run[1].stderr.splitlines() if line.startswith("epoch")]
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_the_report_is_one_page_that_names_the_run(full_run: tuple[Path, Result]) -> None:
+    page = (full_run[0] / "report.html").read_text()
+    assert "FullyConnected" in page
+    assert "digits" in page
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=.?https?:", page)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path) -> None:
+    losses = {}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        train(*SHORT, "-v", "none", "--seed", str(seed), "--out", tmp_path / name)
+        with read_run(tmp_path / name / "run.db") as run:
+            losses[name] = run.dataframe("loss")["value"].tolist()
+    assert losses["first"] == losses["again"]
+    assert losses["first"] != losses["other"]
+
+
+def test_optimizer_rate_and_schedule_reach_the_run(tmp_path: Path) -> None:
+    options = ("-o", "sgd", "-l", "0.02", "--schedule", "exponential")
+    train(*SHORT, *options, "-v", "none", "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as run:
+        rates = run.dataframe("learning_rate", layers=["layers.1"])["value"].tolist()
+        assert run.metadata["optimizer"] == "SGD"
+    assert rates == pytest.approx([0.02] * 3 + [0.02 * 0.95] * 3)
+
+
+def test_subsample_records_every_nth_step(tmp_path: Path) -> None:
+    train(*SHORT, "--ratio", "-s", "4", "-v", "none", "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as run:
+        for topic in ("loss", "uw_ratio"):
+            assert sorted(set(run.dataframe(topic)["step"])) == [0, 4]
+
+
+@pytest.mark.parametrize("show", ["console", "none"])
+def test_only_the_default_writes_events(show: str, tmp_path: Path) -> None:
+    result = train(*SHORT, "-v", show, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"run.db", "report.html"}
+    assert not (tmp_path / "tensorboard").exists()
+    assert "tensorboard" not in result.stdout.lower()
+
+
+def test_the_console_shows_the_topics_watched(tmp_path: Path) -> None:
+    quiet = train(*SHORT, "--ratio", "-v", "none", "--out", tmp_path / "none")
+    shown = train(*SHORT, "--ratio", "-v", "console", "--out", tmp_path / "console")
+    assert "uw_ratio" not in quiet.output
+    assert "uw_ratio" in shown.output
+
+
+def test_verbose_prints_the_plan(tmp_path: Path) -> None:
+    result = train(*SHORT, "--ratio", "-V", "-v", "none", "--out", tmp_path)
+    assert "weight_updates" in result.stdout
+
+
+def test_a_second_run_in_a_folder_adds_to_the_store_and_leaves_the_first_be(tmp_path: Path) -> None:
+    train(*SHORT, "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as run:
+        first = run.id
+    train(*SHORT, "--seed", "1", "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as newest, read_run(tmp_path / "run.db", run=first) as old:
+        assert newest.metadata["seed"] == 1
+        assert old.metadata["seed"] == 0
+        assert len(old.dataframe("loss")) == STEPS
+    assert (tmp_path / "tensorboard").is_dir()
+    assert (tmp_path / "tensorboard-2").is_dir()
+
+
+def test_the_default_folder_is_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(*SHORT, "-v", "none")
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-FullyConnected-digits")
+    assert (folder / "report.html").exists()
+
+
+def test_every_option_has_help_and_a_default() -> None:
+    text = streamlens("train", "--help").output
+    for flag in (
+        "-m, --model", "-d, --dataset", "-b, --batch-size", "-e, --epochs", "-o, --optimizer",
+        "-l, --learning-rate", "-s, --subsample", "--depth", "-v, --visualisation", "-V, --verbose",
+        "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--seed",
+        "--threads", "--out",
+    ):  # fmt: skip
+        entry = re.search(rf"^  {flag}\b(.+?)(?=^  -|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+        assert entry, flag
+        assert re.search(r"\[default: .+\]", words(entry[1])), flag
+        assert re.search(r"[A-Za-z]{4,}.*\[default", words(entry[1])), flag
+
+
+def test_the_help_names_every_model_data_set_and_schedule() -> None:
+    text = words(streamlens("train", "--help").output)
+    for name in (*MODELS, *DATASETS, *SCHEDULES):
+        assert name in text
+    assert sum(name in text for name in OPTIMIZERS) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-m", "AlexNet"), "unknown model 'AlexNet': did you mean 'AlexNetMini'?"),
+        (("-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
+        (("-o", "Adma"), "unknown optimizer 'Adma': did you mean 'Adam'"),
+        (("--schedule", "exp"), "unknown schedule 'exp': did you mean 'exponential'?"),
+        (("-v", "tensorboard"), "'tensorboard' is not one of 'tb', 'console', 'none'"),
+        (("-l", "0"), "0.0 is not a finite number above 0"),
+        (("-e", "0"), "0 is not in the range"),
+        (("-b", "0"), "0 is not in the range"),
+        (("-s", "0"), "0 is not in the range"),
+        (("--depth", "0", "--norm"), "--depth"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_the_remedy_and_writes_nothing(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = streamlens("train", *arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert message in words(result.stderr)
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_are_taken_in_any_case(tmp_path: Path) -> None:
+    train("-m", "fullyCONNECTED", "-d", "Digits", "-o", "adamw", *SHORT[2:], "-v", "none", "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as run:
+        assert run.metadata["model"] == "FullyConnected"
+        assert run.metadata["optimizer"] == "AdamW"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = streamlens("train", *SHORT, "--test-accuracy", "--out", tmp_path / "file" / "run")
+    assert result.exit_code == 1
+    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "Not a directory" in warnings[0]
+    assert re.search(r"test accuracy \d", result.stdout)
+
+
+def test_a_file_in_the_way_of_the_store_is_said_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run.db").write_text("my own notes, which are long enough to be mistaken for a header")
+    before = (tmp_path / "run.db").read_bytes()
+    result = streamlens("train", *SHORT, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "run.db" in result.stderr
+    assert "Traceback" not in result.output
+    assert (tmp_path / "run.db").read_bytes() == before
+    assert f"Trained after {STEPS} steps" in words(result.stdout)
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_full_disk_is_said_in_one_line_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: RunStore, frames: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunStore, "write", write)
+    result = streamlens("train", *SHORT, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert len([line for line in result.stderr.splitlines() if "No space left" in line]) == 1
+    assert "Traceback" not in result.output
+    assert f"Trained after {STEPS} steps" in words(result.stdout)
+
+
+def test_a_loss_that_diverges_is_data_and_not_an_error(tmp_path: Path) -> None:
+    options = ("-o", "SGD", "-l", "1e30", "--ratio", "--norm")
+    result = streamlens("train", *SHORT, *options, "-v", "none", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    with read_run(tmp_path / "run.db") as run:
+        assert len(run.dataframe("loss")) == STEPS
+        assert not math.isfinite(run.dataframe("loss")["value"].iloc[-1])
+    assert (tmp_path / "report.html").exists()
+
+
+def test_an_interrupted_run_keeps_and_reports_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Session, result: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_line", interrupt)
+    result = streamlens("train", *SHORT, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "Interrupted after 1 of 2 epochs" in words(result.stdout)
+    assert (tmp_path / "report.html").exists()
+    with read_run(tmp_path / "run.db") as run:
+        assert len(run.dataframe("loss")) == STEPS // 2
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert streamlens("--version").output == f"streamlens {version('streamlens')}\n"
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert "train" in streamlens().output
+
+
+def run_process(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def test_the_installed_command_trains_alexnet_mini_on_digits(tmp_path: Path) -> None:
+    command = shutil.which("streamlens", path=str(Path(sys.executable).parent))
+    assert command is not None, "the package is not installed: pip install -e ."
+    options = ("-e", "1", "--threads", "1", "--ratio", "--test-accuracy", "--out", tmp_path / "run")
+    run = run_process(command, "train", *options)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+    with read_run(tmp_path / "run" / "run.db") as stored:
+        assert stored.layers("uw_ratio") == ["features.0", "features.3", "classifier.2"]
+
+
+def test_without_the_lab_extra_one_line_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from streamlens.cli import main; main()"
+    run = run_process(sys.executable, "-c", code)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    [line] = run.stderr.splitlines()
+    assert line.endswith("pip install 'streamlens[lab]'")
+
+
+def test_the_module_can_be_run_too() -> None:
+    run = run_process(sys.executable, "-m", "streamlens.cli", "train", "--model", "nonsense")
+    assert run.returncode == 2
+    assert "unknown model 'nonsense'" in run.stderr
