@@ -146,6 +146,8 @@ def flat_real(tensor: Tensor) -> Tensor:
     Sparse tensors give their coalesced values, complex ones real and imaginary parts, a
     DTensor its local shard; the order of elements is that of memory, not of the indices.
     """
+    if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_contiguous():
+        return torch.view_as_real(tensor.resolve_conj()).view(-1) if tensor.is_complex() else tensor.view(-1)
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     if tensor.layout is not torch.strided:

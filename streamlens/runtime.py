@@ -237,6 +237,11 @@ class Runtime:
 
         return Disposable(remove)
 
+    def post_mark(self, mark: Mark) -> None:
+        """Announce a mark, in order with the frames; costs nothing where nobody wants marks."""
+        if self._marks:
+            self.post(lambda: self.mark(mark))
+
     def mark(self, mark: Mark) -> None:
         """Announce a mark to the operators that asked for marks."""
         for fn in tuple(self._marks):
@@ -398,16 +403,6 @@ class Runtime:
     def close_delivery(self, timeout: float | None) -> bool:
         """Flush and close every sink."""
         return True if self._delivery is None else self._delivery.close(timeout)
-
-    @contextlib.contextmanager
-    def timed(self, chain: Chain | None) -> Iterator[None]:
-        """Charge the time of a block to a chain."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if chain is not None:
-                chain.seconds += time.perf_counter() - start
 
 
 _default: Runtime | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,7 @@ class Engine(Runtime):
         self.user_topics: dict[str, None] = {}
         self.extra_metadata: dict[str, Any] = {}
         self.sessions: set[Any] = set()
+        self.idle = True
         self.in_epochs = 0
         self.in_forward = False
         self.paused = 0
@@ -90,6 +92,7 @@ class Engine(Runtime):
         self._parts_needed = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
+        self._wanted: frozenset[str] = frozenset()
         self._pid = os.getpid()
         self.forward = ForwardCapture(self)
         self.losses = LossCapture(self)
@@ -203,6 +206,8 @@ class Engine(Runtime):
         return deliver
 
     def _demands_changed(self) -> None:
+        self.idle = not self.demands
+        self._wanted = frozenset(t for d in self.demands for t in d.view.topics)
         self._due_step = -1
         self.forward.reset()
         self.updates.reset()
@@ -275,11 +280,18 @@ class Engine(Runtime):
     def _hand(self, demand: Demand, frame: Frame) -> None:
         if not demand.active:
             return
+        start = time.perf_counter()
         try:
-            with self.timed(demand.chain):
-                demand.deliver(frame)
+            demand.deliver(frame)
         except Exception as error:
             self.report(error, f"delivery of {frame.topic!r}")
+        finally:
+            if demand.chain is not None:
+                demand.chain.seconds += time.perf_counter() - start
+
+    def wanted(self, topics: tuple[str, ...]) -> bool:
+        """Whether anybody has selected one of these topics."""
+        return not self._wanted.isdisjoint(topics)
 
     def emit(self, topic: str, layers: tuple[str, ...], values: Tensor, kind: Kind) -> None:
         """Deliver a frame of a topic that needs no capture to whoever selected it."""
@@ -289,7 +301,7 @@ class Engine(Runtime):
 
     def emit_index(self, topic: str, index: int) -> None:
         """Deliver an event that carries an index."""
-        if self.demands:
+        if topic in self._wanted:
             self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)
 
     # -- the forward -------------------------------------------------------------------------
@@ -314,6 +326,12 @@ class Engine(Runtime):
         clock = self.clock
         if clock.updated:
             self.close_step()
+        if self.idle:
+            clock.begin_pass()
+            self._last_counted = True
+            self.in_forward = True
+            self.forward.opener = name
+            return
         if self.index.uninitialized or (clock.passes & 63 == 0 and self.index.stale()):
             self.rebuild_index()
         fresh = clock.begin_pass()
@@ -339,7 +357,7 @@ class Engine(Runtime):
         self.in_forward = False
         rooted = not self.forward.opener
         self.forward.opener = None
-        if output is None or self.silent or not self.demands:
+        if output is None or self.idle or self.silent:
             return
         for i, tensor in enumerate(tensors_in(output)):
             if i >= 16:
@@ -387,8 +405,10 @@ class Engine(Runtime):
         if self.silent:
             return
         self.flush_pass()
-        self.forward.send("layer_gradients")
-        self.forward.raw_gradients()
+        if "layer_gradients" in self._wanted:
+            self.forward.send("layer_gradients")
+        if "raw_gradients" in self._wanted:
+            self.forward.raw_gradients()
         if self.clock.in_pass:
             batch = self.clock.batch
             self.clock.end_pass()
@@ -398,19 +418,23 @@ class Engine(Runtime):
     def flush_pass(self) -> None:
         """Emit what the forward phase of the open pass has left: late activations and the loss."""
         if self.due_now:
-            self.forward.send("activations")
+            if "activations" in self._wanted:
+                self.forward.send("activations")
             self.losses.send()
 
     # -- the step ----------------------------------------------------------------------------
 
     def close_step(self) -> None:
         """Nothing more of the open step will come."""
+        if self.idle:
+            self.updates.release()
+            self.clock.close_step()
+            return
         self.flush_pass()
         self.forward.drop()
         self.updates.release()
         closed = self.clock.close_step()
-        mark = Mark(MarkKind.CLOSED, closed, self.clock.epoch)
-        self.post(lambda: self.mark(mark))
+        self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
         if any(d.view.over(self.clock.step) for d in self.demands):
             self.updates.reset()
 
@@ -428,8 +452,7 @@ class Engine(Runtime):
         )
         if not self.silent:
             self.post_frames([(demands, frame)] if demands else [])
-        mark = Mark(MarkKind.EPOCH, step, ended)
-        self.post(lambda: self.mark(mark))
+        self.post_mark(Mark(MarkKind.EPOCH, step, ended))
 
     def update_without_forward(self) -> None:
         """An update came without a counted forward: watch the parts, and warn if that does not help."""

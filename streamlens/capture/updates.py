@@ -17,7 +17,7 @@ from streamlens.capture.parameters import CallPlan, Output, ParameterCapture
 from streamlens.capture.table import Table
 from streamlens.frame import Frame, Kind, Lease
 from streamlens.runtime import Mark, MarkKind
-from streamlens.topics import Facet, Phase, topic_spec
+from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
@@ -39,6 +39,7 @@ class _Call:
     lease: Lease | None = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     overflow: Tensor | None = None
+    waits: bool = False
     skipped: bool = False
 
 
@@ -113,12 +114,7 @@ class UpdateCapture:
         """Forget every plan; let go of copies that nobody needs any more."""
         self._parameters.reset()
         step = self._engine.clock.step
-        if not any(
-            (spec := topic_spec(topic)) is not None and spec.facet is Facet.UPDATE
-            for demand in self._engine.demands
-            for topic in demand.view.topics
-            if not demand.view.over(step)
-        ):
+        if not any(d.wants_updates and not d.view.over(step) for d in self._engine.demands):
             self._parameters.drop_copies()
 
     def model_changed(self) -> None:
@@ -139,14 +135,7 @@ class UpdateCapture:
         self._manual = None
 
     def _updates_due(self, step: int) -> bool:
-        return any(
-            demand.view.due(step)
-            and any(
-                (spec := topic_spec(topic)) is not None and spec.facet is Facet.UPDATE
-                for topic in demand.view.topics
-            )
-            for demand in self._engine.demands
-        )
+        return any(demand.wants_updates and demand.view.due(step) for demand in self._engine.demands)
 
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
@@ -167,6 +156,11 @@ class UpdateCapture:
         """An optimizer that owns parameters is about to update them."""
         engine = self._engine
         info = self._infos[optimizer]
+        if engine.idle and getattr(optimizer, "found_inf", None) is None:
+            self._call = None
+            if info in self._stepped or (closure is not None and engine.clock.updated):
+                engine.close_step()
+            return None
         if self._call is not None and self._call.lease is not None:
             # The step before raised; what it lent ends here.
             self._call.lease.end()
@@ -199,11 +193,7 @@ class UpdateCapture:
         return wrapped[0] if wrapped else None
 
     def _due(self) -> bool:
-        return any(
-            (spec := topic_spec(topic)) is not None and spec.phase in (Phase.PARAMETER, Phase.CLOCK)
-            for demand in self._engine.due_now
-            for topic in demand.view.topics
-        )
+        return any(demand.at_update for demand in self._engine.due_now)
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
         unowned = frozenset() if self._stepped else self._unowned()
@@ -287,9 +277,9 @@ class UpdateCapture:
         engine, info = self._engine, call.info
         if call.skipped:
             return
-        if not engine.silent:
-            engine.flush_pass()
         clock = engine.clock
+        if not engine.silent and not engine.idle:
+            engine.flush_pass()
         ended = clock.batch if clock.in_pass else None
         clock.end_pass()
         if optimizer is not None and not clock.counted:
@@ -301,7 +291,7 @@ class UpdateCapture:
             (None if self._last_update is None else now - self._last_update),
             now,
         )
-        keep_next = self._updates_due(clock.step + 1)
+        keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
             self._parameters.invalidate(info.entries)
         else:
@@ -319,13 +309,16 @@ class UpdateCapture:
     ) -> None:
         engine, plan = self._engine, call.plan
         assert plan is not None
+        call.waits = self._waiting()
         lease = call.lease or Lease()
         if any(t._version != version for t, version in call.versions):
             # The optimizer worked on the gradients in place: what was lent is no longer true.
             lease.end()
             lease = Lease()
         values, updates, whole = self._parameters.values(plan, keep_next=keep_next)
-        current = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
+        current: dict[int, Tensor] = {}
+        if any(o.reduction is None for o in plan.outputs.get(Facet.VALUE, ())):
+            current = {e.order: e.parameter.detach() for e in plan.entries[Facet.VALUE]}
         if engine.delivering and whole:
             whole = {order: tensor.clone() for order, tensor in whole.items()}
         frames: list[tuple[Sequence[Demand], Frame]] = []
@@ -349,8 +342,9 @@ class UpdateCapture:
                     self._part(output, keys, table.finish(output.reduction, keys), call, frames)
         for output, rates in call.rates:
             self._part(output, output.orders, rates, call, frames)
-        mark = Mark(MarkKind.UPDATE, engine.clock.step, engine.clock.epoch, engine.clock.micro_step)
-        engine.post(lambda: engine.mark(mark))
+        engine.post_mark(
+            Mark(MarkKind.UPDATE, engine.clock.step, engine.clock.epoch, engine.clock.micro_step)
+        )
         engine.post_frames(frames, lease)
         self._emit_times(elapsed, ended)
         if whole:
@@ -358,7 +352,7 @@ class UpdateCapture:
 
     def _emit_times(self, elapsed: float | None, ended: int | None) -> None:
         engine = self._engine
-        if elapsed and len(self._stepped) == 1:
+        if elapsed and len(self._stepped) == 1 and engine.wanted(("step_time", "examples_per_second")):
             engine.emit("step_time", _MODEL, torch.tensor([elapsed]), Kind.STEP)
             if self._examples:
                 engine.emit(
@@ -395,14 +389,19 @@ class UpdateCapture:
             place = dict(zip(output.orders, output.keys, strict=True))
             layers = self._interned(tuple(place[k] for k in keys))
         part = _Part(output, keys, layers, values)
+        if not self._held and not call.waits:
+            frames.append((output.demands, self._merge([part])))
+            return
         held = self._held.setdefault(output.group, [])
         held.append(part)
-        if not self._waiting():
+        if not call.waits:
             del self._held[output.group]
             frames.append((output.demands, self._merge(held)))
 
     def _waiting(self) -> bool:
         """Whether an optimizer that usually steps with those that have is still to come."""
+        if not self._partners:
+            return False
         stepped = {info.serial for info in self._stepped}
         partners = set().union(*(self._partners.get(s, set()) for s in stepped))
         return bool((partners - stepped) & {info.serial for info in self.optimizers})
@@ -426,10 +425,14 @@ class UpdateCapture:
     def release(self) -> None:
         """The step closes: emit what still waited, and note who stepped together."""
         held, self._held = self._held, {}
-        self._engine.post_frames([(parts[0].output.demands, self._merge(parts)) for parts in held.values()])
-        stepped = {info.serial for info in self._stepped}
-        for serial in stepped:
-            self._partners.setdefault(serial, set()).update(stepped - {serial})
+        if held:
+            self._engine.post_frames(
+                [(parts[0].output.demands, self._merge(parts)) for parts in held.values()]
+            )
+        if len(self._stepped) > 1:
+            stepped = {info.serial for info in self._stepped}
+            for serial in stepped:
+                self._partners.setdefault(serial, set()).update(stepped - {serial})
         self._stepped = []
 
     def _complete(self) -> bool:

@@ -9,6 +9,7 @@ from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
 from streamlens.runtime import Chain
+from streamlens.topics import Facet, Phase, topic_spec
 
 __all__ = ["Demand", "View"]
 
@@ -64,6 +65,8 @@ class Demand:
 
     Attributes:
         view: What is wanted.
+        wants_updates: Whether a copy of parameters is needed for it.
+        at_update: Whether anything of it is taken around an update.
         deliver: Receives the frames.
         chain: The chain it belongs to, which its time is charged to.
         layers: For each topic, the names wanted; None for all of them.
@@ -74,6 +77,13 @@ class Demand:
     chain: Chain | None
     layers: dict[str, frozenset[str] | None] = field(default_factory=dict)
     active: bool = True
+    wants_updates: bool = field(init=False)
+    at_update: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        specs = [spec for topic in self.view.topics if (spec := topic_spec(topic)) is not None]
+        self.wants_updates = any(spec.facet is Facet.UPDATE for spec in specs)
+        self.at_update = any(spec.phase in (Phase.PARAMETER, Phase.CLOCK) for spec in specs)
 
     def wants(self, topic: str, frame_layers: tuple[str, ...]) -> tuple[str, ...]:
         """The layers of a frame that this demand asked for."""

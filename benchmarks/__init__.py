@@ -1,0 +1,1 @@
+"""What the performance claims rest on: ratios, each measured in one interleaved run."""
