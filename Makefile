@@ -34,7 +34,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv --clear $(VENV)
 
 # torch first and pinned, so that nothing else chooses a build of it.
-$(VENV)/.torch-installed: constraints.txt | $(BIN)/python
+$(VENV)/.torch-installed: constraints.txt $(BIN)/python
 	@echo "Installing torch"
 	@$(PIP) install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) --constraint constraints.txt torch
 	@touch $@

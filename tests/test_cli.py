@@ -241,13 +241,13 @@ def test_the_help_names_every_model_data_set_and_schedule() -> None:
     [
         (("-m", "AlexNet"), "unknown model 'AlexNet': did you mean 'AlexNetMini'?"),
         (("-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
-        (("-o", "Adma"), "unknown optimizer 'Adma': did you mean 'Adam'"),
+        (("-o", "SDG"), "unknown optimizer 'SDG': did you mean 'SGD'"),
         (("--schedule", "exp"), "unknown schedule 'exp': did you mean 'exponential'?"),
         (("-v", "tensorboard"), "'tensorboard' is not one of 'tb', 'console', 'none'"),
         (("-l", "0"), "0.0 is not a finite number above 0"),
-        (("-e", "0"), "0 is not in the range"),
-        (("-b", "0"), "0 is not in the range"),
-        (("-s", "0"), "0 is not in the range"),
+        (("-e", "0"), "Invalid value for '--epochs' / '-e'"),
+        (("-b", "0"), "Invalid value for '--batch-size' / '-b'"),
+        (("-s", "0"), "Invalid value for '--subsample' / '-s'"),
         (("--depth", "0", "--norm"), "--depth"),
     ],
 )
