@@ -7,14 +7,14 @@ and updates are read after it, in one pass over each tensor where nobody wants t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from streamlens.capture.table import Needs, Table
+from streamlens.capture.table import Needs, Sizes, Table
 from streamlens.reductions import Reduction, Statistic, accumulate, chunks_of, flat_real, real_size
 from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
 
@@ -30,6 +30,9 @@ __all__ = ["CallPlan", "Kept", "Output", "ParameterCapture"]
 OnError = Callable[[str, Exception], None]
 
 _SQUARES = (Statistic("sum_of_squares"),)
+
+_SMALL: Final = 1 << 14
+"""Parameters up to this size are handled together: the calls cost more than the arithmetic."""
 
 
 @dataclass(eq=False)
@@ -55,6 +58,20 @@ class CallPlan:
     entries: dict[Facet, tuple[ParameterEntry, ...]]
     whole_updates: bool
     """Whether somebody wants the updates themselves and not only statistics of them."""
+    _small: dict[Facet, tuple[ParameterEntry, ...]] = field(default_factory=dict)
+    """Small float32 CPU parameters of which only norms are wanted."""
+
+    def small(self, facet: Facet) -> tuple[ParameterEntry, ...]:
+        """The parameters of a facet that are handled by multi-tensor calls."""
+        found = self._small.get(facet)
+        if found is None:
+            needs = self.needs.get(facet, {})
+            found = self._small[facet] = tuple(
+                e
+                for e in self.entries.get(facet, ())
+                if _plain_need(needs[e.order]) and e.parameter.numel() <= _SMALL and _dense(e.parameter)
+            )
+        return found
 
     def __bool__(self) -> bool:
         return bool(self.outputs)
@@ -116,6 +133,7 @@ class ParameterCapture:
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
         self._kept: dict[int, Kept] = {}
+        self._sizes = Sizes()
         self._plans: dict[tuple[Any, ...], CallPlan] = {}
 
     # -- planning ----------------------------------------------------------------------------
@@ -127,6 +145,7 @@ class ParameterCapture:
     def drop_copies(self) -> None:
         """Let go of every kept copy."""
         self._kept.clear()
+        self._sizes = Sizes()
 
     @property
     def bytes_held(self) -> int:
@@ -192,7 +211,7 @@ class ParameterCapture:
 
     def gradients(self, plan: CallPlan, optimizer: Optimizer | None) -> tuple[Table, dict[int, Tensor]]:
         """The gradients as the optimizer consumes them, and their statistics."""
-        table = Table()
+        table = Table(self._sizes)
         needs = plan.needs.get(Facet.GRADIENT, {})
         scale = getattr(optimizer, "grad_scale", None)
         tensors: dict[int, Tensor] = {}
@@ -205,8 +224,31 @@ class ParameterCapture:
                 # A fused optimizer unscales within its own kernel.
                 gradient = gradient / scale.to(gradient.device, non_blocking=True)
             tensors[entry.order] = gradient
-        self._measure(table, tensors, needs)
+        rest = dict(tensors)
+        small = [
+            e for e in plan.small(Facet.GRADIENT) if (g := rest.get(e.order)) is not None and _dense(g)
+        ]
+        if len(small) > 1:
+            norms = torch._foreach_norm([rest.pop(e.order) for e in small])
+            self._enter(table, small, needs[small[0].order], torch.stack(norms).tolist(), tensors)
+        self._measure(table, rest, needs)
         return table, tensors
+
+    def _enter(
+        self,
+        table: Table,
+        entries: Sequence[ParameterEntry],
+        needs: Needs,
+        norms: Sequence[float],
+        tensors: Mapping[int, Tensor],
+    ) -> None:
+        """Note squared norms; a norm at the edge of float32's range is computed again, in double."""
+        for entry, norm in zip(entries, norms, strict=True):
+            if norm < 1e-15 or norm == math.inf:
+                row = accumulate((flat_real(tensors[entry.order]),), _SQUARES)
+            else:
+                row = [norm * norm]
+            table.put(entry.order, needs.statistics, row, entry.parameter.numel())
 
     def rates(self, output: Output, info: OptimizerInfo, optimizer: Optimizer) -> Tensor:
         """The learning rate of the group that holds each layer's weight."""
@@ -228,12 +270,15 @@ class ParameterCapture:
         Returns:
             The tables of weights and of updates, and the update tensors by parameter.
         """
-        values, updates = Table(), Table()
+        values, updates = Table(self._sizes), Table(self._sizes)
         value_needs = plan.needs.get(Facet.VALUE, {})
         update_needs = plan.needs.get(Facet.UPDATE, {})
         whole: dict[int, Tensor] = {}
         alone: dict[int, Tensor] = {}
+        small = self._small_pass(plan, values, updates, keep_next=keep_next)
         for entry in plan.entries.get(Facet.UPDATE, ()):
+            if entry.order in small:
+                continue
             kept = self._kept.get(entry.order)
             if kept is None or not kept.valid:
                 continue
@@ -251,6 +296,47 @@ class ParameterCapture:
         self._measure(values, alone, value_needs)
         self._measure(updates, whole, update_needs)
         return values, updates, whole
+
+    def _small_pass(
+        self, plan: CallPlan, values: Table, updates: Table, *, keep_next: bool
+    ) -> frozenset[int]:
+        """The same for all small parameters at once, where calls cost more than the arithmetic."""
+        if plan.whole_updates:
+            return frozenset()
+        entries = [
+            e
+            for e in plan.small(Facet.UPDATE)
+            if (kept := self._kept.get(e.order)) is not None and kept.valid
+        ]
+        if len(entries) < 2:
+            return frozenset()
+        kept = [self._kept[e.order] for e in entries]
+        buffers, weights = [k.buffer for k in kept], [e.parameter.detach() for e in entries]
+        wanted = plan.needs.get(Facet.VALUE, {})
+        read = [i for i, e in enumerate(entries) if _plain_need(wanted.get(e.order))]
+        try:
+            torch._foreach_sub_(buffers, weights)
+            norms = torch._foreach_norm([*buffers, *(weights[i] for i in read)])
+            numbers = torch.stack(norms).tolist()
+            by_order = {e.order: b for e, b in zip(entries, buffers, strict=True)}
+            needs = plan.needs[Facet.UPDATE]
+            self._enter(updates, entries, needs[entries[0].order], numbers[: len(entries)], by_order)
+            if read:
+                chosen = [entries[i] for i in read]
+                by_order = {e.order: weights[i] for e, i in zip(chosen, read, strict=True)}
+                self._enter(values, chosen, wanted[chosen[0].order], numbers[len(entries) :], by_order)
+            if keep_next:
+                torch._foreach_copy_(buffers, weights)
+        except Exception as error:
+            for k in kept:
+                k.valid = False
+            self._on_error("a pass over the small parameters", error)
+            return frozenset()
+        for k, entry in zip(kept, entries, strict=True):
+            k.valid = False
+            if keep_next:
+                k.accept(entry.parameter)
+        return frozenset(e.order for e in entries)
 
     def _pass(
         self,
@@ -379,6 +465,21 @@ def _call_plan(found: Iterable[Output]) -> CallPlan:
         o.reduction is None or not o.reduction.needs() for o in outputs.get(Facet.UPDATE, ())
     )
     return CallPlan(outputs, needs, involved, whole)
+
+
+def _plain_need(needs: Needs | None) -> bool:
+    return needs is not None and not needs.others and needs.statistics == _SQUARES
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether a tensor may be part of a multi-tensor call on the CPU."""
+    return (
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not hasattr(tensor, "to_local")
+        and tensor.numel() > 0
+    )
 
 
 def _plain(statistics: Sequence[Any]) -> bool:

@@ -19,7 +19,7 @@ from streamlens.reductions import (
     summarise,
 )
 
-__all__ = ["Needs", "Table"]
+__all__ = ["Needs", "Sizes", "Table"]
 
 OnError = Callable[[Hashable, Exception], None]
 
@@ -48,15 +48,34 @@ class Needs:
         return bool(self.statistics or self.others)
 
 
+class Sizes:
+    """Elements of each layer's tensor; parameters share one, since their sizes stay."""
+
+    __slots__ = ("_tensors", "by_key")
+
+    def __init__(self) -> None:
+        self.by_key: dict[Hashable, int] = {}
+        self._tensors: dict[tuple[Hashable, ...], Tensor] = {}
+
+    def tensor(self, keys: tuple[Hashable, ...]) -> Tensor:
+        """The sizes of some layers as a vector."""
+        found = self._tensors.get(keys)
+        if found is None:
+            found = torch.tensor([self.by_key[k] for k in keys], dtype=torch.float64)
+            self._tensors[keys] = found
+        return found
+
+
 class Table:
     """Statistics by layer; finishing a reduction reads them, so that what is shared is computed once."""
 
-    __slots__ = ("_counts", "_needs", "_results", "_rows", "_whole")
+    __slots__ = ("_needs", "_results", "_rows", "_sizes", "_uniform", "_whole")
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes | None = None) -> None:
         self._rows: dict[Hashable, Sequence[float] | Sequence[Tensor]] = {}
         self._needs: dict[Hashable, tuple[Statistic, ...]] = {}
-        self._counts: dict[Hashable, int] = {}
+        self._uniform: tuple[Statistic, ...] | None = None
+        self._sizes = Sizes() if sizes is None else sizes
         self._results: dict[tuple[Hashable, Reduction], Tensor] = {}
         self._whole: dict[tuple[tuple[Hashable, ...], tuple[Statistic, ...]], Tensor] = {}
 
@@ -65,11 +84,21 @@ class Table:
         """The layers that have statistics."""
         return self._rows.keys()
 
-    def put(self, key: Hashable, statistics: tuple[Statistic, ...], row: Sequence[float], count: int) -> None:
-        """Enter a row that was computed elsewhere."""
+    def put(
+        self,
+        key: Hashable,
+        statistics: tuple[Statistic, ...],
+        row: Sequence[float] | Sequence[Tensor],
+        size: int,
+    ) -> None:
+        """Enter the statistics of one layer."""
+        if not self._rows:
+            self._uniform = statistics
+        elif self._uniform is not statistics and self._uniform != statistics:
+            self._uniform = None
         self._rows[key] = row
         self._needs[key] = statistics
-        self._counts[key] = count
+        self._sizes.by_key[key] = size
 
     def measure(self, key: Hashable, tensor: Tensor, needs: Needs, on_error: OnError) -> None:
         """Compute what is needed of one layer's tensor; a failure leaves that layer out."""
@@ -81,9 +110,7 @@ class Table:
                 else:
                     table, _ = summarise([tensor], needs.statistics)
                     row = [table[s][0] for s in needs.statistics]
-                self._rows[key] = row
-                self._needs[key] = needs.statistics
-                self._counts[key] = real_size(tensor)
+                self.put(key, needs.statistics, row, real_size(tensor))
             self.apply(key, tensor, needs.others, on_error)
         except Exception as error:
             on_error(key, error)
@@ -100,9 +127,7 @@ class Table:
             else:
                 split = [table[s].unbind() for s in needs.statistics]
                 for i, (key, tensor) in enumerate(zip(keys, tensors, strict=True)):
-                    self._rows[key] = [column[i] for column in split]
-                    self._needs[key] = needs.statistics
-                    self._counts[key] = real_size(tensor)
+                    self.put(key, needs.statistics, [column[i] for column in split], real_size(tensor))
                     self.apply(key, tensor, needs.others, on_error)
                 return
         for key, tensor in zip(keys, tensors, strict=True):
@@ -134,7 +159,7 @@ class Table:
         if not reduction.needs():
             return torch.stack([self._results[k, reduction] for k in keys])
         needs = self._needs[keys[0]]
-        counts = torch.tensor([self._counts[k] for k in keys], dtype=torch.float64)
+        counts = self._sizes.tensor(keys)
         if isinstance(self._rows[keys[0]][0], Tensor):
             table = {
                 s: torch.stack([self._rows[k][self._needs[k].index(s)] for k in keys])  # type: ignore[misc]
@@ -145,7 +170,7 @@ class Table:
             if home.is_cuda:
                 counts = counts.pin_memory().to(home.device, non_blocking=True)
             return reduction.finish(table, counts)
-        if all(self._needs[k] is needs for k in keys):
+        if self._uniform is not None:
             # Several reductions of the same layers read one matrix.
             whole = self._whole.get((keys, needs))
             if whole is None:
