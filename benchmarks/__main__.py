@@ -1,0 +1,57 @@
+"""`python -m benchmarks`: every performance claim, measured now, on one thread."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+from benchmarks import overhead, run_store
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the benchmarks and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; noisier numbers")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    print(f"{_processor()}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread")
+    print("CPU time of the whole process; medians of interleaved rounds\n")
+    rounds = 10 if quick else 60
+    optimizers = {
+        "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    }
+    for name, make in optimizers.items():
+        timings = overhead.mlp_overhead(make, rounds)
+        print(f"MLP 784-1024-1024-10, batch 128, {name}: step {timings['bare'].seconds * 1e3:.1f} ms")
+        for which in ("by hand", "streamlens", "idle"):
+            print(f"  {which:12s} +{timings[which].over:6.1%}")
+        share = timings["streamlens"].over / timings["by hand"].over
+        print(f"  streamlens / by hand: {share:.2f}  (at most 1)")
+    resnet = overhead.resnet_overhead(3 if quick else 7)
+    print(f"ResNet18, batch 32, SGD: step {resnet['bare'].seconds:.2f} s")
+    print(f"  streamlens   +{resnet['streamlens'].over:6.2%}  (at most 0.5%)")
+    print(f"idle lens: {overhead.idle(40 if quick else 200) * 1e6:.0f} us a step  (at most 30)")
+    cost = overhead.operators_200_layers(20 if quick else 60)
+    print(f"200 layers x 5 operators: {cost * 1e3:.2f} ms a step  (at most 0.6)")
+    for key, value in run_store.run().items():
+        print(f"run store, {key}: {value:,.1f}")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
