@@ -87,6 +87,7 @@ class Engine(Runtime):
         self.paused = 0
         self._suppressed = 0
         self._last_counted = False
+        self._late_output: Tensor | None = None
         self._grad_forward_seen = False
         self._passes_at_update = 0
         self._parts_needed = False
@@ -345,7 +346,8 @@ class Engine(Runtime):
             self.updates.pass_begins()
             if due:
                 self.emit_index("batch_started", clock.batch)
-        if self.due_now:
+        # Of parts called one after the other, the first has the batch.
+        if self.due_now and (fresh or not name):
             data = first_tensor(args) if args else None
             data = data if data is not None else first_tensor(kwargs)
             if data is not None:
@@ -369,6 +371,9 @@ class Engine(Runtime):
         result = first_tensor(output)
         if result is not None and rooted:
             self.forward.measure_batch("network_output", result, due)
+        elif result is not None and "network_output" in self._wanted:
+            # Of parts called one after the other, the last has the output.
+            self._late_output = result.detach()
         if rooted:
             self._loss_in_output(output, kwargs or {})
             self.forward.send("activations")
@@ -417,7 +422,10 @@ class Engine(Runtime):
 
     def flush_pass(self) -> None:
         """Emit what the forward phase of the open pass has left: late activations and the loss."""
+        late, self._late_output = self._late_output, None
         if self.due_now:
+            if late is not None:
+                self.forward.measure_batch("network_output", late, self.due_now)
             if "activations" in self._wanted:
                 self.forward.send("activations")
             self.losses.send()

@@ -75,6 +75,7 @@ class ForwardCapture:
         self._overwritten: set[str] = set()
         self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._repeated: dict[str, int] = {}
+        self._batch_calls: dict[str, int] = {}
         self.plan: PassPlan | None = None
         self.opener: str | None = None
         self.in_backward = False
@@ -90,6 +91,7 @@ class ForwardCapture:
         """A new micro-step begins, for which these demands are due."""
         self._sides = {side: _Side() for side in _SIDES}
         self._repeated = {}
+        self._batch_calls = {}
         self.in_backward = False
         key = tuple(map(id, due))
         plan = self._plans.get(key)
@@ -336,33 +338,39 @@ class ForwardCapture:
         self._engine.report(error, f"layer {key!r}")
 
     def measure_batch(self, topic: str, tensor: Tensor, due: Sequence[Demand]) -> None:
-        """Emit one tensor of the whole batch: its input, labels or output."""
+        """Emit one tensor of the whole batch: its input, labels or output.
+
+        A second one in the same pass is labelled `@1`, as a module's second call is.
+        """
         found: dict[Reduction | None, list[Demand]] = {}
         for demand in due:
             if topic in demand.view.topics:
                 found.setdefault(demand.view.reduction, []).append(demand)
         if not found:
             return
+        call = self._batch_calls.get(topic, 0)
+        self._batch_calls[topic] = call + 1
+        layers = (f"@{call}",) if call else _MODEL
         lease, frames, table = Lease(), [], Table()
         needs = Needs.of(r for r in found if r is not None)
         if needs:
-            table.measure("", tensor.detach(), needs, self._layer_error)
+            table.measure(layers[0], tensor.detach(), needs, self._layer_error)
         for reduction, demands in found.items():
             if reduction is None:
-                frames.append((demands, self._engine.frame(topic, _MODEL, (tensor.detach(),), kind=Kind.MICRO_STEP, lease=lease)))
-            elif table.present(reduction, _MODEL):
-                frames.append(
-                    (
-                        demands,
-                        self._engine.frame(
-                            f"{topic}.{reduction.name}",
-                            _MODEL,
-                            table.finish(reduction, _MODEL),
-                            kind=Kind.MICRO_STEP,
-                            components=reduction.components,
-                        ),
-                    )
+                raw = (tensor.detach(),)
+                frame = self._engine.frame(topic, layers, raw, kind=Kind.MICRO_STEP, lease=lease)
+            elif table.present(reduction, layers):
+                values = table.finish(reduction, layers)
+                frame = self._engine.frame(
+                    f"{topic}.{reduction.name}",
+                    layers,
+                    values,
+                    kind=Kind.MICRO_STEP,
+                    components=reduction.components,
                 )
+            else:
+                continue
+            frames.append((demands, frame))
         self._engine.post_frames(frames, lease)
 
 
