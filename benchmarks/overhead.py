@@ -97,9 +97,7 @@ def resnet_overhead(rounds: int = 5) -> dict[str, Timing]:
     }
     lens = _observed(runs["streamlens"])
     try:
-        return interleave(
-            {n: r.step for n, r in runs.items()}, baseline="bare", rounds=rounds, warm_up=1
-        )
+        return interleave({n: r.step for n, r in runs.items()}, baseline="bare", rounds=rounds, warm_up=1)
     finally:
         lens.close()
 

@@ -59,7 +59,9 @@ def _chain(engine: Engine, chain: Chain) -> Iterable[str]:
     for demand in demands:
         yield f"asks for {_asked(demand)}"
     steps = _steps(engine)
-    cost = f"{chain.seconds / steps * 1e6:.0f} us a step" if steps and chain.counts["frames"] else "not run yet"
+    cost = (
+        f"{chain.seconds / steps * 1e6:.0f} us a step" if steps and chain.counts["frames"] else "not run yet"
+    )
     yield f"ends in {chain.ends_in}: {chain.counts['frames']:,} frames, {cost}"
     lost = [f"{chain.counts[name]} {name}" for name in ("late", "incomplete", "errors") if chain.counts[name]]
     skipped = sum(cell.skipped for cell in chain.cells)

@@ -109,6 +109,9 @@ class Frame:
     meta: Mapping[str, Any]
     kind: Kind
     source: str
+    _values: Tensor | tuple[Tensor, ...] | None
+    _cell: list[tuple[Tensor, ...] | None] | None
+    _lease: Lease | None
 
     def __init__(
         self,
@@ -174,7 +177,7 @@ class Frame:
                 f"the raw frame of {self.topic!r} at step {self.step} was read after its delivery: its "
                 "tensors belong to the model. Clone what you need in the callback: frame.clone()"
             )
-        return cast("tuple[Tensor, ...]", held)
+        return held
 
     @property
     def stacked(self) -> bool:
@@ -280,7 +283,9 @@ class Frame:
         for layer, value in self.items():
             try:
                 result = fn(value)
-                tensor = result if isinstance(result, Tensor) else torch.as_tensor(result, dtype=torch.float32)
+                tensor = (
+                    result if isinstance(result, Tensor) else torch.as_tensor(result, dtype=torch.float32)
+                )
             except Exception as error:
                 if on_error is None:
                     failure = failure or error
@@ -295,8 +300,14 @@ class Frame:
             values: Tensor | tuple[Tensor, ...] = torch.stack(results)
         else:
             values = tuple(r.clone() if self.borrowed else r for r in results)
-        same_width = isinstance(values, Tensor) and self.stacked and values.shape[1:] == cast("Tensor", self.values).shape[1:]
-        return self.replace(layers=tuple(names), values=values, components=self.components if same_width else ())
+        same_width = (
+            isinstance(values, Tensor)
+            and self.stacked
+            and values.shape[1:] == cast("Tensor", self.values).shape[1:]
+        )
+        return self.replace(
+            layers=tuple(names), values=values, components=self.components if same_width else ()
+        )
 
     def clone(self) -> Frame:
         """A copy that owns its memory and may be kept."""

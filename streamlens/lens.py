@@ -94,10 +94,15 @@ def observe(
             f"observe(loss=...) needs an nn.Module, got {getattr(loss, '__name__', type(loss).__name__)}; "
             "for a function write criterion = lens.watch_loss(function)"
         )
-    for option, value, allowed in (("count", count, ("training", "grad")), ("on_error", on_error, ("report", "raise"))):
+    for option, value, allowed in (
+        ("count", count, ("training", "grad")),
+        ("on_error", on_error, ("report", "raise")),
+    ):
         if value is not None and value not in allowed:
             hint = did_you_mean(str(value), allowed)
-            raise ValueError(f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}")
+            raise ValueError(
+                f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}"
+            )
     if start not in (None, 0):
         raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
     if isinstance(optimizers, Optimizer):
@@ -252,8 +257,10 @@ class Lens(Stream):
     @property
     def reducible(self) -> bool:
         """Whether a reduction can be pushed down: raw topics are selected and none is applied yet."""
-        return self.view.reduction is None and bool(self.topics) and all(
-            (spec := topic_spec(t)) is not None and spec.raw for t in self.topics
+        return (
+            self.view.reduction is None
+            and bool(self.topics)
+            and all((spec := topic_spec(t)) is not None and spec.raw for t in self.topics)
         )
 
     def narrow(
@@ -296,7 +303,9 @@ class Lens(Stream):
             target = Lens(self.engine, self.session, view)
             target.check_subscribable()
             if not target.reducible:
-                raise StreamlensError(f"{self.plan_text}: {reduction.name} cannot be applied to what is reduced already")
+                raise StreamlensError(
+                    f"{self.plan_text}: {reduction.name} cannot be applied to what is reduced already"
+                )
             view = replace(view, reduction=reduction)
         if topics is not None and view.selectors:
             self._check_layers(view)
@@ -448,7 +457,9 @@ class Lens(Stream):
         self._check_open()
         engine = self.engine
         if topic_spec(topic) is not None or topic in engine.derived_topics:
-            raise StreamlensError(f"cannot emit {topic!r}: the run provides that topic itself; choose another name")
+            raise StreamlensError(
+                f"cannot emit {topic!r}: the run provides that topic itself; choose another name"
+            )
         engine.user_topics[topic] = None
         by_layer = value if isinstance(value, Mapping) else {"": value}
         values = [torch.as_tensor(v).detach() for v in by_layer.values()]

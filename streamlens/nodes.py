@@ -130,7 +130,7 @@ def stateful(
             group.add(runtime.on_mark(lambda mark: run(node.on_mark, mark)))
         return group
 
-    return stream.derive(subscribe, plan, kind=kind, raw=raw)
+    return stream.then(subscribe, plan, kind=kind, raw=raw)
 
 
 def frame_operator(
@@ -164,7 +164,7 @@ def frame_operator(
 
         return stream.subscribe(on_next, observer.on_error, observer.on_completed, scheduler=scheduler)
 
-    return stream.derive(subscribe, plan, raw=stream.raw if raw is None else raw)
+    return stream.then(subscribe, plan, raw=stream.raw if raw is None else raw)
 
 
 def average_micro_steps(stream: Stream) -> Stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 __all__ = ["CellKey", "current_cell"]
@@ -42,11 +43,14 @@ def current_cell() -> CellKey | None:
 
 def _outermost_cell_file() -> str | None:
     """The hash that ipykernel and IPython put into the file name of a cell's code."""
-    frame, found = sys._getframe(1), None
+    frame: FrameType | None = sys._getframe(1)
+    found: str | None = None
     while frame is not None:
         name = frame.f_code.co_filename
-        match = re.search(r"ipykernel_\d+[/\\](\d+)\.py$", name) or re.search(r"<ipython-input-\d+-([0-9a-f]+)>$", name)
+        match = re.search(r"ipykernel_\d+[/\\](\d+)\.py$", name) or re.search(
+            r"<ipython-input-\d+-([0-9a-f]+)>$", name
+        )
         if match:
             found = match.group(1)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return found

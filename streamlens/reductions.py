@@ -131,9 +131,7 @@ def needed_statistics(reductions: Iterable[Reduction]) -> tuple[Statistic, ...]:
     return tuple(dict.fromkeys(s for reduction in reductions for s in reduction.needs()))
 
 
-def finish_all(
-    reductions: Sequence[Reduction], tensors: Sequence[Tensor]
-) -> dict[Reduction, Tensor]:
+def finish_all(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> dict[Reduction, Tensor]:
     """Several reductions of the same tensors, in one pass over them where that is possible."""
     shared = [r for r in reductions if r.needs()]
     table, count = summarise(tensors, needed_statistics(shared))

@@ -359,7 +359,9 @@ class Runtime:
             # Its chain is a subscription with a key of its own, not part of the one under way.
             token = current_chain.set(None)
             try:
-                derived.connection = derived.connect(lambda frame: self._derived_burst.append((derived, frame)))
+                derived.connection = derived.connect(
+                    lambda frame: self._derived_burst.append((derived, frame))
+                )
             finally:
                 current_chain.reset(token)
 

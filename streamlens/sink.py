@@ -85,7 +85,7 @@ class Sink(ObserverBase[Frame], ABC):
     received: Sequence[float] = ()
     """Wall times, in seconds since 1970, at which the frames of the write under way were emitted."""
 
-    def open(self, run: RunInfo) -> None:  # noqa: B027 - a hook that need not be written
+    def open(self, run: RunInfo) -> None:
         """Get ready to write the frames of a run."""
 
     @abstractmethod
@@ -98,10 +98,10 @@ class Sink(ObserverBase[Frame], ABC):
                 (`"G/loss"`) and layers (`"G.features.0"`).
         """
 
-    def flush(self) -> None:  # noqa: B027 - a hook that need not be written
+    def flush(self) -> None:
         """Bring what was written to where others can read it; comes after each round of writes."""
 
-    def close(self) -> None:  # noqa: B027 - a hook that need not be written
+    def close(self) -> None:
         """Let go of what `open` took."""
 
     def wall_times(self, frames: Sequence[Frame]) -> Sequence[float]:

@@ -82,7 +82,7 @@ class Stream(Observable[Frame]):
             foreign=True,
         )
 
-    def derive(
+    def then(
         self, subscribe: abc.Subscription[Frame], step: str, *, kind: Kind | None = None, raw: bool = False
     ) -> Stream:
         """A stream that follows this one by an operator of ours.
@@ -136,9 +136,7 @@ class Stream(Observable[Frame]):
         """
         if current_chain.get() is not None:
             # An operator subscribes upstream: the chain under way collects what it needs.
-            return super().subscribe(
-                cast("Any", on_next), on_error, on_completed, scheduler=scheduler
-            )
+            return super().subscribe(cast("Any", on_next), on_error, on_completed, scheduler=scheduler)
         self.runtime.check_open()
         self.check_subscribable()
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
@@ -167,8 +165,10 @@ class Stream(Observable[Frame]):
         """Raise where subscribing could not work; a Lens checks that something is selected."""
 
     def _warn_of_ambiguity(self, chain: Chain, name: str | None) -> None:
-        if name is None and self.foreign and any(
-            c.plan == chain.plan and c.foreign for c in self.runtime.chains
+        if (
+            name is None
+            and self.foreign
+            and any(c.plan == chain.plan and c.foreign for c in self.runtime.chains)
         ):
             warnings.warn(
                 f"two chains have the plan {chain.plan!r}, which contains operators of other libraries: "

@@ -121,9 +121,7 @@ def topic_spec(name: str) -> TopicSpec | None:
     """What is known of a topic, or None if an observed model does not provide it by itself."""
     spec = TOPICS.get(name)
     if spec is None and name.startswith(_STATE) and len(name) > len(_STATE):
-        return TopicSpec(
-            name, Phase.PARAMETER, Kind.STEP, facet=Facet.STATE, state=name.removeprefix(_STATE)
-        )
+        return TopicSpec(name, Phase.PARAMETER, Kind.STEP, facet=Facet.STATE, state=name.removeprefix(_STATE))
     return spec
 
 

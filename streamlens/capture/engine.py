@@ -185,7 +185,9 @@ class Engine(Runtime):
     def subscribe_view(self, view: View, deliver: Callable[[Frame], None]) -> DisposableBase:
         """Deliver what a view asks for, from the next frame on."""
         demand = Demand(view, deliver, current_chain.get(), self.resolve(view))
-        derived = [self.subscribe_derived(t, self._of_view(demand)) for t in view.topics if t in self._derived]
+        derived = [
+            self.subscribe_derived(t, self._of_view(demand)) for t in view.topics if t in self._derived
+        ]
         self.demands.append(demand)
         self._demands_changed()
 

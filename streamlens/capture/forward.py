@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ class ForwardCapture:
     ) -> Frame | None:
         engine = self._engine
         if output.reduction is not None:
-            keys = self._interned(side.table.present(output.reduction, keys))
+            keys = self._interned(cast("tuple[str, ...]", side.table.present(output.reduction, keys)))
             if not keys:
                 return None
             return engine.frame(
@@ -330,9 +330,9 @@ class ForwardCapture:
 
         return self._interned(tuple(sorted(keys, key=place)))
 
-    def _interned(self, layers: tuple[Hashable, ...]) -> tuple[str, ...]:
+    def _interned(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         # The same layers give the same object, which is what operators compare first.
-        return self._layer_tuples.setdefault(layers, layers)  # type: ignore[arg-type]
+        return self._layer_tuples.setdefault(layers, layers)
 
     def _layer_error(self, key: Hashable, error: Exception) -> None:
         self._engine.report(error, f"layer {key!r}")
@@ -453,5 +453,5 @@ def after_backward(callback: Callable[[], None]) -> bool:
     """Call `callback` when the backward under way has ended, on the thread that called it."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
     return True

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from streamlens.errors import LayerNotFoundError, did_you_mean
 from streamlens.layers import LayerSelector
@@ -93,7 +93,7 @@ class ModelIndex:
             for role, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                if isinstance(parameter, UninitializedParameter | UninitializedTensorMixin):
+                if isinstance(parameter, UninitializedParameter):
                     self.uninitialized = True
                     continue
                 name = f"{layer}.{role}" if layer else role
@@ -101,9 +101,7 @@ class ModelIndex:
                     self.aliases[name] = seen[id(parameter)]
                     continue
                 seen[id(parameter)] = name
-                self.entries.append(
-                    ParameterEntry(name, layer, role, parameter, module, len(self.entries))
-                )
+                self.entries.append(ParameterEntry(name, layer, role, parameter, module, len(self.entries)))
         self.by_id = {id(entry.parameter): entry for entry in self.entries}
         self.order = {name: i for i, name in enumerate(self.modules)}
 
@@ -126,7 +124,8 @@ class ModelIndex:
         return [
             name
             for name, module in self.modules.items()
-            if next(module.children(), None) is None or any(p is not None for p in module._parameters.values())
+            if next(module.children(), None) is None
+            or any(p is not None for p in module._parameters.values())
         ]
 
     def resolve(self, spec: TopicSpec, selectors: Iterable[LayerSelector]) -> frozenset[str] | None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
@@ -141,10 +142,11 @@ class StepWatch:
     @staticmethod
     def _frames() -> int:
         """How many optimizer steps are under way on this thread."""
-        frame, count = sys._getframe(1), 0
+        frame: FrameType | None = sys._getframe(1)
+        count = 0
         while frame is not None:
             count += frame.f_code is _WRAPPER
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return count
 
 

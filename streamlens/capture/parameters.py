@@ -91,9 +91,7 @@ class Kept:
 
     def is_current(self, parameter: Tensor) -> bool:
         """Whether the copy is still what the parameter holds."""
-        return (
-            self.valid and parameter._version == self.version and parameter.data_ptr() == self.address
-        )
+        return self.valid and parameter._version == self.version and parameter.data_ptr() == self.address
 
     def fits(self, parameter: Tensor) -> bool:
         """Whether the buffer has the parameter's shape, type and place."""
@@ -189,9 +187,7 @@ class ParameterCapture:
                 group = (topic, demand.view.reduction, wanted)
                 output = found.get(group)
                 if output is None:
-                    keys = tuple(
-                        e.layer if spec.facet is Facet.RATE else index.key(spec, e) for e in entries
-                    )
+                    keys = tuple(e.layer if spec.facet is Facet.RATE else index.key(spec, e) for e in entries)
                     orders = tuple(e.order for e in entries)
                     output = found[group] = Output(group, spec, demand.view.reduction, entries, keys, orders)
                 output.demands.append(demand)
@@ -225,9 +221,7 @@ class ParameterCapture:
                 gradient = gradient / scale.to(gradient.device, non_blocking=True)
             tensors[entry.order] = gradient
         rest = dict(tensors)
-        small = [
-            e for e in plan.small(Facet.GRADIENT) if (g := rest.get(e.order)) is not None and _dense(g)
-        ]
+        small = [e for e in plan.small(Facet.GRADIENT) if (g := rest.get(e.order)) is not None and _dense(g)]
         if len(small) > 1:
             norms = torch._foreach_norm([rest.pop(e.order) for e in small])
             self._enter(table, small, needs[small[0].order], torch.stack(norms).tolist(), tensors)
@@ -282,7 +276,11 @@ class ParameterCapture:
             kept = self._kept.get(entry.order)
             if kept is None or not kept.valid:
                 continue
-            pieces = None if plan.whole_updates or kept.buffer.device.type != "cpu" else kept.pieces(entry.parameter)
+            pieces = (
+                None
+                if plan.whole_updates or kept.buffer.device.type != "cpu"
+                else kept.pieces(entry.parameter)
+            )
             if pieces is None:
                 kept.valid = False
                 whole[entry.order] = torch.sub(entry.parameter.detach(), kept.buffer, out=kept.buffer)
@@ -310,8 +308,8 @@ class ParameterCapture:
         ]
         if len(entries) < 2:
             return frozenset()
-        kept = [self._kept[e.order] for e in entries]
-        buffers, weights = [k.buffer for k in kept], [e.parameter.detach() for e in entries]
+        copies = [self._kept[e.order] for e in entries]
+        buffers, weights = [k.buffer for k in copies], [e.parameter.detach() for e in entries]
         wanted = plan.needs.get(Facet.VALUE, {})
         read = [i for i, e in enumerate(entries) if _plain_need(wanted.get(e.order))]
         try:
@@ -328,11 +326,11 @@ class ParameterCapture:
             if keep_next:
                 torch._foreach_copy_(buffers, weights)
         except Exception as error:
-            for k in kept:
+            for k in copies:
                 k.valid = False
             self._on_error("a pass over the small parameters", error)
             return frozenset()
-        for k, entry in zip(kept, entries, strict=True):
+        for k, entry in zip(copies, entries, strict=True):
             k.valid = False
             if keep_next:
                 k.accept(entry.parameter)
@@ -461,9 +459,7 @@ def _call_plan(found: Iterable[Output]) -> CallPlan:
             need = Needs.of(wants)
             needs[facet][order] = shared.setdefault(need, need)
         involved[facet] = tuple(by_order[order] for order in sorted(by_order))
-    whole = any(
-        o.reduction is None or not o.reduction.needs() for o in outputs.get(Facet.UPDATE, ())
-    )
+    whole = any(o.reduction is None or not o.reduction.needs() for o in outputs.get(Facet.UPDATE, ()))
     return CallPlan(outputs, needs, involved, whole)
 
 

@@ -65,8 +65,6 @@ class _RootEnds(Hook):
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.engine.in_forward and self.engine.forward.opener == "":
             self.engine.guard(self.engine.forward_ends, output, kwargs)

@@ -36,9 +36,7 @@ class View:
 
     def due(self, step: int) -> bool:
         """Whether a frame of this step is wanted."""
-        return (
-            step % self.every == 0 and step >= self.start and (self.stop is None or step < self.stop)
-        )
+        return step % self.every == 0 and step >= self.start and (self.stop is None or step < self.stop)
 
     def over(self, step: int) -> bool:
         """Whether nothing at or after this step is wanted."""
