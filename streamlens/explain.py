@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
-def explain(engine: Engine, format: str = "text") -> str:
+def explain(engine: Engine, style: str = "text") -> str:
     """The plan of everything that is subscribed.
 
     Args:
         engine: The observed model's engine.
-        format: `"text"` or `"mermaid"`.
+        style: `"text"` or `"mermaid"`.
 
     Raises:
-        ValueError: Another format.
+        ValueError: Another style.
     """
-    if format == "text":
+    if style == "text":
         return _text(engine)
-    if format == "mermaid":
+    if style == "mermaid":
         return _mermaid(engine)
-    hint = did_you_mean(format, ("text", "mermaid"))
-    raise ValueError(f"explain(format={format!r}): {hint or 'allowed are text and mermaid'}")
+    hint = did_you_mean(style, ("text", "mermaid"))
+    raise ValueError(f"explain({style!r}): {hint or 'allowed are text and mermaid'}")
 
 
 def _text(engine: Engine) -> str:

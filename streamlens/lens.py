@@ -8,7 +8,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import torch
 from reactivex import Observable, abc
@@ -39,6 +39,9 @@ _clocks: Final[weakref.WeakKeyDictionary[nn.Module, Clock]] = weakref.WeakKeyDic
 """The clock belongs to the model: one that is observed again goes on counting."""
 
 _engines: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
+_EVERYTHING: Final = View()
+"""The view that nothing has narrowed yet."""
 
 
 def observe(
@@ -87,7 +90,7 @@ def observe(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"observe() needs a torch.nn.Module, got {type(model).__name__}; for anything else push frames yourself"
+            f"observe() needs a torch.nn.Module, got {type(model).__name__}: pass the network itself"
         )
     if loss is not None and not isinstance(loss, nn.Module):
         raise TypeError(
@@ -141,8 +144,8 @@ def _merge(
     for option, new, old in (("count", count, engine.count), ("name", name or None, engine.name)):
         if new is not None and new != old:
             raise StreamlensError(
-                f"this model is observed already with {option}={old!r}, now {option}={new!r}: close the earlier "
-                "lens first, or leave the option out"
+                f"this model is observed already with {option}={old!r}, now {option}={new!r}: close the "
+                "earlier lens first, or leave the option out"
             )
     if start is not None:
         raise StreamlensError(
@@ -236,7 +239,7 @@ class Lens(Stream):
     other operator is an ordinary Observable.
     """
 
-    def __init__(self, engine: Engine, session: Session, view: View = View()) -> None:
+    def __init__(self, engine: Engine, session: Session, view: View = _EVERYTHING) -> None:
         name = f"observe({engine.name!r})" if engine.name else "observe()"
         super().__init__(None, plan=(name, *view.describe()), runtime=engine, kind=_kind_of(view))
         self.engine = engine
@@ -519,15 +522,15 @@ class Lens(Stream):
         self._check_open()
         self.engine.load_state_dict(state)
 
-    def explain(self, format: str = "text") -> str:
+    def explain(self, style: str = "text") -> str:
         """What runs, as a database explains a query.
 
         Args:
-            format: `"text"`, or `"mermaid"` for a graph.
+            style: `"text"`, or `"mermaid"` for a graph.
         """
         from streamlens.explain import explain
 
-        return explain(self.engine, format)
+        return explain(self.engine, style)
 
     def stats(self) -> dict[str, int]:
         """Frames emitted, late, dropped; NaN skipped; errors."""
@@ -553,7 +556,7 @@ class Lens(Stream):
         """Whether the lens is closed."""
         return self.session.closed or self.engine.closed
 
-    def __enter__(self) -> Lens:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

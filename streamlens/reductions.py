@@ -8,7 +8,7 @@ what is shared: the 2-norm, the root mean square and the mean of one tensor need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -58,7 +58,7 @@ Statistics: TypeAlias = Mapping[Statistic, Tensor]
 """One vector a statistic, with one entry a layer."""
 
 
-class Reduction(Hashable):
+class Reduction:
     """A function of one tensor to a number or a fixed-size vector, for many tensors at once.
 
     Subclass it as a frozen dataclass (equal parameters must compare and hash equal) and write

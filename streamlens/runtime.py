@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -89,8 +89,15 @@ class ErrorReport:
 class Cell(Protocol):
     """The state of one operator within one subscription."""
 
-    plan: str
-    skipped: int
+    @property
+    def plan(self) -> str:
+        """The operator as it shows in the plan."""
+        ...
+
+    @property
+    def skipped(self) -> int:
+        """Values that were skipped because they were NaN or infinite."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
@@ -332,7 +339,7 @@ class Runtime:
         if [s["plan"] for s in states] != [c.plan for c in chain.cells]:
             self.report(
                 StreamlensError(
-                    f"the snapshot's state of chain {chain.key!r} does not fit its operators; it starts afresh"
+                    f"the saved state of chain {chain.key!r} does not fit its operators; it starts afresh"
                 ),
                 "load_state_dict",
             )

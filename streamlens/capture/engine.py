@@ -218,7 +218,7 @@ class Engine(Runtime):
             self._install()
 
     def _install(self) -> None:
-        phases = {topic_spec(t).phase for d in self.demands for t in d.view.topics if topic_spec(t)}  # type: ignore[union-attr]
+        phases = {spec.phase for topic in self._wanted if (spec := topic_spec(topic)) is not None}
         passes = bool(phases & {Phase.MODULE, Phase.BATCH, Phase.LOSS})
         self.forward.install(self.demands, parts=passes or self._parts_needed)
 

@@ -21,7 +21,6 @@ from streamlens.capture.table import Needs, Table
 from streamlens.errors import OverwrittenActivationError
 from streamlens.frame import Frame, Kind, Lease
 from streamlens.reductions import Reduction
-from streamlens.topics import Facet, Phase, topic_spec
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine

@@ -246,7 +246,7 @@ class ParameterCapture:
 
     def rates(self, output: Output, info: OptimizerInfo, optimizer: Optimizer) -> Tensor:
         """The learning rate of the group that holds each layer's weight."""
-        groups = [group["lr"] if "lr" in group else math.nan for group in optimizer.param_groups]
+        groups = [group.get("lr", math.nan) for group in optimizer.param_groups]
         rates = [groups[info.group_of[order]] for order in output.orders]
         if any(isinstance(rate, Tensor) and rate.is_cuda for rate in rates):
             return torch.stack([torch.as_tensor(r, dtype=torch.float32).reshape(()) for r in rates])

@@ -231,7 +231,7 @@ class UpdateCapture:
         plan, info = call.plan, call.info
         if plan is None:
             return
-        call.gradients = table, tensors = self._parameters.gradients(plan, optimizer)
+        call.gradients = _, tensors = self._parameters.gradients(plan, optimizer)
         if optimizer is not None:
             call.rates = [
                 (output, self._parameters.rates(output, info, optimizer))
