@@ -511,8 +511,8 @@ class Engine(Runtime):
         for chain in self.chains:
             total["skipped_nan"] += sum(cell.skipped for cell in chain.cells)
         for sink in self.sink_stats().values():
-            total["dropped"] += sink.get("dropped", 0)
-            total["written"] += sink.get("written", 0)
+            total["dropped"] += sink.dropped
+            total["written"] += sink.written
         names = ("emitted", "late", "incomplete", "dropped", "written", "skipped_nan", "errors")
         return {**{name: total[name] for name in names}, **total}
 

@@ -1,0 +1,50 @@
+"""streamlens: see and steer the inside of a neural network's training while it trains.
+
+```python
+import streamlens as sl
+
+lens = sl.observe(model)
+lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(sl.sinks.TensorBoard("runs/mine"))
+```
+"""
+
+from streamlens import sinks
+from streamlens.errors import (
+    ClosedLensError,
+    ExpiredFrameError,
+    LayerNotFoundError,
+    OverwrittenActivationError,
+    RunStoreError,
+    StreamlensError,
+    UnknownTopicError,
+)
+from streamlens.frame import Frame, Kind
+from streamlens.lens import Lens, observe
+from streamlens.operators import *  # noqa: F403
+from streamlens.operators import __all__ as _operators
+from streamlens.runs import read_run
+from streamlens.stream import Operator, Stream
+from streamlens.topics import optimizer_state
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedLensError",
+    "ExpiredFrameError",
+    "Frame",
+    "Kind",
+    "LayerNotFoundError",
+    "Lens",
+    "Operator",
+    "OverwrittenActivationError",
+    "RunStoreError",
+    "Stream",
+    "StreamlensError",
+    "UnknownTopicError",
+    "__version__",
+    "observe",
+    "optimizer_state",
+    "read_run",
+    "sinks",
+]
+__all__ += _operators
