@@ -1,0 +1,387 @@
+"""`Channel`: one sink's queue, counters and worker thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from streamlens.delivery import process
+from streamlens.delivery.claims import Claims
+from streamlens.delivery.items import Item, Session, SinkStats, refusal
+from streamlens.errors import StreamlensError
+from streamlens.frame import Frame
+from streamlens.sink import RunInfo, Sink
+
+__all__ = ["Channel", "Writer"]
+
+_PATIENCE: Final = 0.05
+"""Seconds that a full queue may hold the training thread up, until it has drained."""
+_BATCH: Final = 1024
+"""The most frames of one write: what is lost at once when a write fails for good."""
+_BACK_OFF: Final = 0.02
+"""Seconds before the first retry; doubled for each one after it."""
+_SHORTEST_WAIT: Final = 0.001
+"""Seconds that a worker sleeps at least, however small its sink's `max_latency`."""
+
+
+class Writer:
+    """A chain that ends in a channel."""
+
+    __slots__ = ("chain", "session")
+
+    def __init__(self, chain: str, session: Session) -> None:
+        self.chain = chain
+        self.session = session
+
+
+class Channel:
+    """What stands between the chains that end in a sink and the sink's methods.
+
+    Args:
+        sink: The sink, whose methods this channel alone calls.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.name = type(sink).__name__
+        self.generation = process.current_generation()
+        # One lock, reentrant because the SIGTERM handler may run while the main thread holds it;
+        # waiting on a condition lets go of it altogether, also from there.
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._done = threading.Condition(self._lock)
+        self._queue: deque[Item] = deque()
+        self._nbytes = 0
+        self._in_write = 0
+        self._emitted = self._written = self._dropped = self._failed = 0
+        self._last_error: Exception | None = None
+        self._patience = _PATIENCE
+        self._urgent = False
+        self._abandoned = False
+        self._flush_wanted = 0
+        self._flush_done = 0
+        self._flush_failed = False
+        self._writers: list[Writer] = []
+        self._claims: Claims[Writer] = Claims()
+        self._session: Session | None = None
+        # The worker's own.
+        self._thread: threading.Thread | None = None
+        self._opened: Session | None = None
+        self._refused: set[str] = set()
+
+    # -- on the threads that emit and wait ---------------------------------------------------
+
+    def attach(
+        self, chain: str, run: Callable[[], RunInfo], report: Callable[[Exception, str], None]
+    ) -> Writer:
+        """Let one more chain end here."""
+        with self._lock:
+            if self._session is None or self._session.ended:
+                self._session = Session(run, report)
+            writer = Writer(chain, self._session)
+            self._writers.append(writer)
+            return writer
+
+    def detach(self, writer: Writer) -> None:
+        """The chain has ended; with the last one the sink closes, once it has written everything."""
+        with self._lock:
+            if writer in self._writers:
+                self._writers.remove(writer)
+                self._claims.release(writer)
+                if not self._writers:
+                    self.end()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some chain ends here."""
+        return bool(self._writers)
+
+    def end(self) -> None:
+        """Close the sink once everything queued is written; does not wait."""
+        with self._lock:
+            if self._session is not None:
+                self._session.ended = True
+            self._rouse()
+
+    def offer(
+        self, item: Item, writer: Writer, topic: str, step: int, layers: tuple[str, ...]
+    ) -> Writer | None:
+        """Queue a frame; cheap, unless the queue is full.
+
+        Returns:
+            The chain that has written one of these layers at this step already, if there is one;
+            the frame is dropped then.
+        """
+        sink = self.sink
+        with self._lock:
+            self._emitted += 1
+            rival = self._claims.claim(writer, topic, step, layers)
+            if rival is not None:
+                self._dropped += 1
+                return rival
+            if self._thread is None:
+                self._start(item.session)
+            if len(self._queue) >= sink.capacity or self._nbytes + item.nbytes > sink.max_bytes:
+                self._make_room(item.nbytes)
+            self._queue.append(item)
+            self._nbytes += item.nbytes
+            if not self._urgent and (
+                2 * len(self._queue) > sink.capacity or 2 * self._nbytes > sink.max_bytes
+            ):
+                self._rouse()
+        return None
+
+    def ask_flush(self) -> int:
+        """Have the worker write and flush what is queued now; a number for `await_flush`."""
+        with self._lock:
+            self._flush_wanted += 1
+            self._rouse()
+            return self._flush_wanted
+
+    def await_flush(self, number: int, timeout: float | None) -> bool:
+        """Wait for that flush.
+
+        Returns:
+            Whether all frames were written and flushed; False if time ran out, something failed,
+            or the sink's own worker asks.
+        """
+        with self._lock:
+            if self._thread is None:
+                return True
+            if self._thread is threading.current_thread():
+                return False
+            done = self._done.wait_for(lambda: self._flush_done >= number or self._thread is None, timeout)
+            return done and not self._flush_failed
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until the worker has closed the sink and ended; give up what is left at `deadline`.
+
+        Args:
+            deadline: On the monotonic clock.
+
+        Returns:
+            Whether everything was written in time.
+        """
+        with self._lock:
+            thread, session = self._thread, self._session
+            if thread is None or thread is threading.current_thread():
+                return True
+            left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            in_time = self._done.wait_for(lambda: self._thread is not thread, left)
+            if not in_time:
+                waiting, in_write = len(self._queue), self._in_write
+                self._abandoned = True
+                self._drop(waiting)
+                self._wake.notify_all()
+        if in_time:
+            # It has nothing left to do but return.
+            thread.join(1.0)
+            return True
+        error = StreamlensError(
+            f"{self.name} did not finish in time: {waiting} frames were lost and {in_write} are in a write "
+            "that has not come back; allow it more with close(timeout=...)"
+        )
+        if session is not None:
+            self._fail(error, session)
+        return False
+
+    def stats(self) -> SinkStats:
+        """The counters, all of one moment."""
+        with self._lock:
+            return SinkStats(
+                emitted=self._emitted,
+                written=self._written,
+                dropped=self._dropped,
+                queued=len(self._queue) + self._in_write,
+                failed=self._failed,
+                last_error=self._last_error,
+            )
+
+    def _rouse(self) -> None:
+        self._urgent = True
+        self._wake.notify_all()
+
+    def _start(self, session: Session) -> None:
+        try:
+            # Asked for here, where the run does not change meanwhile.
+            _ = session.run
+            thread = threading.Thread(target=self._work, name=f"streamlens-sink-{self.name}", daemon=True)
+            thread.start()
+        except Exception:
+            self._dropped += 1
+            raise
+        self._thread = thread
+        self._abandoned = False
+        process.worker_started(self)
+
+    def _roomy(self, nbytes: int) -> bool:
+        return not self._queue or (
+            len(self._queue) < self.sink.capacity and self._nbytes + nbytes <= self.sink.max_bytes
+        )
+
+    def _make_room(self, nbytes: int) -> None:
+        if self._patience > 0 and threading.current_thread() is not self._thread and self._queue:
+            ticket = self._queue[0].ticket
+            if ticket is not None:
+                # A burst larger than the queue: the worker cannot wait for its end.
+                ticket.settle()
+            self._rouse()
+            start = time.monotonic()
+            self._done.wait_for(lambda: self._roomy(nbytes), self._patience)
+            self._patience -= time.monotonic() - start
+        while not self._roomy(nbytes):
+            self._drop(1)
+
+    def _drop(self, count: int) -> None:
+        for _ in range(count):
+            self._nbytes -= self._queue.popleft().nbytes
+        self._dropped += count
+
+    # -- on the worker -----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._urgent:
+                    self._wake.wait(max(_SHORTEST_WAIT, self.sink.max_latency))
+                self._urgent = False
+                wanted, pending, failed = self._flush_wanted, len(self._queue), self._failed
+                hurry = wanted > self._flush_done or (self._session is not None and self._session.ended)
+            wrote = self._drain(pending, hurry)
+            flushed = self._opened is None or not (wrote or hurry) or self._call(self.sink.flush)
+            with self._lock:
+                self._flush_failed = not flushed or self._failed > failed
+                self._flush_done = wanted
+                if not self._queue:
+                    self._patience = _PATIENCE
+                session = self._opened or self._session
+                over = not self._queue and session is not None and session.ended
+                self._done.notify_all()
+            if over and self._retire():
+                return
+
+    def _drain(self, pending: int, hurry: bool) -> bool:
+        """Write the frames that were queued when this round began."""
+        wrote = False
+        while pending > 0:
+            batch = self._take(min(pending, _BATCH), hurry)
+            if not batch:
+                break
+            pending -= len(batch)
+            wrote = self._write(batch) or wrote
+        return wrote
+
+    def _take(self, most: int, hurry: bool) -> list[Item]:
+        """The oldest frames of one session that are on their way to the host."""
+        batch: list[Item] = []
+        with self._lock:
+            while self._queue and len(batch) < most:
+                item = self._queue[0]
+                if batch and item.session is not batch[0].session:
+                    break
+                if not (hurry or item.ticket is None or item.ticket.ready(self.sink.max_latency)):
+                    break
+                batch.append(self._queue.popleft())
+                self._nbytes -= item.nbytes
+            self._in_write = len(batch)
+            self._done.notify_all()
+        return batch
+
+    def _write(self, batch: list[Item]) -> bool:
+        session = batch[0].session
+        frames: list[Frame] = []
+        received: list[float] = []
+        for item in batch:
+            try:
+                frame = item.on_host()
+                refused = refusal(frame, self.sink)
+            except Exception as error:
+                self._count(failed=1)
+                self._fail(error, session)
+                continue
+            if refused is None:
+                frames.append(frame)
+                received.append(item.received)
+                continue
+            self._count(dropped=1)
+            if frame.topic not in self._refused:
+                self._refused.add(frame.topic)
+                self._fail(refused, session)
+        if not frames:
+            return False
+        failure = self._try_write(session, frames, received)
+        if failure is None:
+            self._count(written=len(frames))
+            return True
+        self._count(failed=len(frames))
+        self._fail(failure, session)
+        return False
+
+    def _try_write(self, session: Session, frames: list[Frame], received: list[float]) -> Exception | None:
+        failure: Exception | None = None
+        for attempt in range(max(0, self.sink.retries) + 1):
+            if attempt:
+                with self._lock:
+                    if self._wake.wait_for(lambda: self._abandoned, _BACK_OFF * 2 ** (attempt - 1)):
+                        break
+            try:
+                self._open(session)
+                self.sink.received = received
+                self.sink.write(frames)
+            except BaseException as raised:  # a worker that dies would stall its sink for good
+                failure = _as_exception(raised)
+            else:
+                return None
+        return failure
+
+    def _open(self, session: Session) -> None:
+        if self._opened is not session:
+            self._close()
+            self.sink.open(session.run)
+            self._opened = session
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._call(self.sink.close)
+            self._opened = None
+            self._refused.clear()
+
+    def _call(self, hook: Callable[[], None]) -> bool:
+        try:
+            hook()
+        except BaseException as raised:  # as above
+            if self._opened is not None:
+                self._fail(_as_exception(raised), self._opened)
+            return False
+        return True
+
+    def _retire(self) -> bool:
+        """Close the sink and end the thread, unless more frames have come meanwhile."""
+        self._close()
+        with self._lock:
+            if self._queue:
+                return False
+            self._thread = None
+            process.worker_ended(self)
+            self._done.notify_all()
+        return True
+
+    def _count(self, *, written: int = 0, dropped: int = 0, failed: int = 0) -> None:
+        with self._lock:
+            self._written += written
+            self._dropped += dropped + failed
+            self._failed += failed
+            self._in_write -= written + dropped + failed
+
+    def _fail(self, error: Exception, session: Session) -> None:
+        self._last_error = error
+        session.report(error, f"sink {self.name}")
+
+
+def _as_exception(raised: BaseException) -> Exception:
+    if isinstance(raised, Exception):
+        return raised
+    return RuntimeError(f"a sink raised {type(raised).__name__}: {raised}")

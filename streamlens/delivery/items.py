@@ -1,0 +1,112 @@
+"""What a sink's queue holds, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamlens.errors import StreamlensError
+from streamlens.frame import Frame
+from streamlens.sink import ALL_KINDS, RunInfo, Sink, value_kinds
+
+if TYPE_CHECKING:
+    from streamlens.delivery.transfer import Ticket
+
+__all__ = ["Item", "Session", "SinkStats", "labelled", "refusal"]
+
+
+@dataclass(frozen=True)
+class SinkStats:
+    """What became of the frames that were given to a sink.
+
+    `emitted == written + dropped + queued` holds at any time.
+
+    Attributes:
+        emitted: Frames given to the sink.
+        written: Frames that its `write` took.
+        dropped: Frames lost: at a full queue, in failed writes, at a close that ran out of time,
+            and those that the sink cannot show or that another chain writes already.
+        queued: Frames that wait or are in a write under way.
+        failed: Those of the dropped frames whose write failed for good.
+        last_error: The last exception of the sink.
+    """
+
+    emitted: int
+    written: int
+    dropped: int
+    queued: int
+    failed: int
+    last_error: Exception | None
+
+
+class Session:
+    """The time between the first chain's subscription to a sink and the end of the last.
+
+    Args:
+        run: Gives what the sink is told when it opens.
+        report: Receives failures and where they happened.
+    """
+
+    __slots__ = ("_info", "_run", "ended", "report")
+
+    def __init__(self, run: Callable[[], RunInfo], report: Callable[[Exception, str], None]) -> None:
+        self._run = run
+        self._info: RunInfo | None = None
+        self.report = report
+        self.ended = False
+
+    @property
+    def run(self) -> RunInfo:
+        """The run as it was when this was first asked for."""
+        if self._info is None:
+            self._info = self._run()
+        return self._info
+
+
+@dataclass(slots=True)
+class Item:
+    """A frame in a queue: on the host, or on its way there.
+
+    Attributes:
+        frame: The frame as it was emitted; the ticket has it where there is one.
+        ticket: The transfer to the host, if it needs one.
+        session: The session it belongs to.
+        nbytes: The size of its values.
+        received: When it was emitted, in seconds since 1970.
+    """
+
+    frame: Frame | None
+    ticket: Ticket | None
+    session: Session
+    nbytes: int
+    received: float
+
+    def on_host(self) -> Frame:
+        """The frame on the host, under its label; waits for the transfer."""
+        frame = self.frame
+        if self.ticket is not None:
+            frame = self.ticket.take()
+        assert frame is not None
+        return labelled(frame) if frame.source else frame
+
+
+def labelled(frame: Frame) -> Frame:
+    """A named lens's frame under the names that tell models apart: `G/topic`, `G.layer`."""
+    source = frame.source
+    layers = tuple(f"{source}.{layer}" if layer else source for layer in frame.layers)
+    return frame.replace(topic=f"{source}/{frame.topic}", layers=layers, source="")
+
+
+def refusal(frame: Frame, sink: Sink) -> StreamlensError | None:
+    """Why a sink cannot show a frame; None if it can."""
+    if sink.kinds is ALL_KINDS:
+        return None
+    kinds = value_kinds(frame)
+    if not sink.kinds.isdisjoint(kinds):
+        return None
+    remedy = ": reduce it first, for example with norm()" if "vector" in kinds else ""
+    return StreamlensError(
+        f"{type(sink).__name__} shows {' and '.join(sorted(sink.kinds))} values, and {frame.topic!r} holds "
+        f"{kinds[0]} values{remedy}; its frames are left out here"
+    )
