@@ -1,0 +1,19 @@
+"""Charts of a run: functions from a DataFrame to an Altair chart, and the report that hosts them."""
+
+from streamlens.views.accuracy import accuracies
+from streamlens.views.heatmap import update_to_weight_ratio
+from streamlens.views.loss import loss
+from streamlens.views.norms import gradient_norms, weight_norms
+from streamlens.views.rates import learning_rate
+from streamlens.views.theme import themed, vega_config
+
+__all__ = [
+    "accuracies",
+    "gradient_norms",
+    "learning_rate",
+    "loss",
+    "themed",
+    "update_to_weight_ratio",
+    "vega_config",
+    "weight_norms",
+]

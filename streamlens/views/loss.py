@@ -1,0 +1,106 @@
+"""The loss at each step, and its moving average."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from streamlens.views.marks import (
+    WIDTH,
+    Limits,
+    flag_marks,
+    layered,
+    nearest_points,
+    nothing,
+    series_color,
+    step_axis,
+    value_axis,
+)
+from streamlens.views.series import Series, draw_table, exponential_average, split
+
+__all__ = ["loss"]
+
+_EACH: Final = "each step"
+_AVERAGE: Final = "moving average"
+
+
+def loss(
+    rows: pd.DataFrame,
+    smoothed: pd.DataFrame | None = None,
+    *,
+    limits: Limits | None = None,
+    max_points: int = 1500,
+) -> alt.LayerChart:
+    """The loss over steps: every step faint, its exponential moving average strong.
+
+    The axis is logarithmic where every finite value is positive. NaN and infinities are magenta
+    triangles at the foot of the chart.
+
+    Args:
+        rows: The topic `loss`; a column `component` makes one pair of lines for each loss watched.
+        smoothed: The topic `loss.ema`; without it, the average is taken here, with a half-life of
+            4% of the steps.
+        limits: The first and last step of the axis; by default those of the data.
+        max_points: The most points drawn, one third of them for the average.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    by = "component" if "component" in rows.columns else "layer"
+    raw = split(rows, by)
+    if not any(len(line) for line in raw):
+        return nothing("no loss was recorded")
+    if smoothed is not None and len(smoothed):
+        average = split(smoothed, by if by in smoothed.columns else "layer")
+        title = "loss"
+    else:
+        half_life = max(2.0, max(map(len, raw)) / 25)
+        average = [
+            Series(line.name, line.steps, line.epochs, exponential_average(line.values, half_life))
+            for line in raw
+        ]
+        title = f"loss (half-life of the average: {half_life:.0f} recorded steps)"
+    finite = np.concatenate([line.values[np.isfinite(line.values)] for line in raw])
+    log = bool(len(finite)) and bool((finite > 0).all())
+    points, flags = draw_table(raw, max_points - max_points // 3, log=log)
+    means, _ = draw_table(average, max_points // 3, log=log)
+    # A gap in the average stands where the loss has its mark already.
+    table = pd.concat([points.assign(kind=_EACH), means.assign(kind=_AVERAGE)], ignore_index=True)
+    return _draw(table, flags, [line.name for line in raw], title, log=log, limits=limits)
+
+
+def _draw(
+    table: pd.DataFrame,
+    flags: pd.DataFrame,
+    names: list[str],
+    title: str,
+    *,
+    log: bool,
+    limits: Limits | None,
+) -> alt.LayerChart:
+    kinds = [_EACH, _AVERAGE]
+    legend = alt.Legend(title=None, symbolType="stroke")
+    base = alt.Chart(table, width=WIDTH, height=240).encode(
+        x=step_axis(limits), y=value_axis(title, log=log), detail="series:N"
+    )
+    if len(names) > 1:
+        base = base.encode(color=series_color(names))
+    lines: alt.Chart = base.mark_line(strokeJoin="round")
+    lines = lines.encode(
+        opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=kinds, range=[0.45, 1.0]), legend=legend),
+        strokeWidth=alt.StrokeWidth("kind:O", scale=alt.Scale(domain=kinds, range=[1.0, 2.4]), legend=legend),
+    )
+    tooltip = [
+        *([alt.Tooltip("series:N", title="loss")] if len(names) > 1 else []),
+        alt.Tooltip("kind:N", title="value of"),
+        alt.Tooltip("step:Q", format=","),
+        alt.Tooltip("epoch:Q"),
+        alt.Tooltip("value:Q", format=".4~g"),
+    ]
+    layers = [lines, nearest_points(base, tooltip)]
+    if len(flags):
+        layers.append(flag_marks(flags, limits, "loss"))
+    return layered(layers)

@@ -1,0 +1,254 @@
+"""What the charts over steps have in common: their axes, zooming, lines and marks for bad values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal, cast
+
+import altair as alt
+import pandas as pd
+
+from streamlens.views.theme import NOT_FINITE
+
+__all__ = [
+    "LEGEND_LINES",
+    "POWER_OF_TEN",
+    "WIDTH",
+    "Limits",
+    "chart_of_lines",
+    "flag_marks",
+    "layered",
+    "nearest_points",
+    "nothing",
+    "series_color",
+    "step_axis",
+    "value_axis",
+]
+
+Limits = tuple[float, float]
+"""The first and the last step of the axis."""
+
+WIDTH: Final = 720
+"""Pixels a chart is wide where its host does not say otherwise."""
+
+Interpolation = Literal["linear", "step-after"]
+
+LEGEND_LINES: Final = 12
+"""Lines up to which a legend is of use; above, pointing at a line names it."""
+
+
+def _power(exponent: str) -> str:
+    # Vega's expressions know no superscript: the digits are looked up one by one.
+    digits = "'⁰¹²³⁴⁵⁶⁷⁸⁹'"
+    tens = f"floor(abs({exponent}) / 10)"
+    ones = f"abs({exponent}) % 10"
+    return (
+        f"'10' + ({exponent} < 0 ? '⁻' : '')"
+        f" + ({tens} > 0 ? slice({digits}, {tens}, {tens} + 1) : '')"
+        f" + slice({digits}, {ones}, {ones} + 1)"
+    )
+
+
+POWER_OF_TEN: Final = _power("round(datum.value)")
+"""Vega expression: the label `10⁻³` of an axis or legend whose values are logarithms."""
+
+_EXPONENT: Final = "(log(datum.value) / LN10)"
+_IS_POWER: Final = f"abs({_EXPONENT} - round({_EXPONENT})) < 1e-6"
+_DECADES: Final = "(log(domain('y')[1] / domain('y')[0]) / LN10)"
+_MANTISSA: Final = f"round(datum.value / pow(10, floor({_EXPONENT} + 1e-9)))"
+# Powers of ten; in an axis too short to hold several, 1, 2 and 5 times them; in a shorter one, all.
+_LOG_LABEL: Final = (
+    f"{_DECADES} < 0.8 ? format(datum.value, '~g')"
+    f" : {_DECADES} < 2.6 ? (indexof([1, 2, 5], {_MANTISSA}) >= 0 ? format(datum.value, '~g') : '')"
+    f" : {_IS_POWER} ? {_power(f'round({_EXPONENT})')} : ''"
+)
+
+
+def layered(layers: Sequence[alt.Chart]) -> alt.LayerChart:
+    """Layers over one step axis that pans and zooms.
+
+    Dragging pans, scrolling with Ctrl or Cmd held (a pinch on a touchpad) zooms, so that plain
+    scrolling still moves the page; a double click goes back to the whole run. Charts put together
+    share the selection by its name, `steps`.
+
+    Args:
+        layers: Charts with `step_axis` as their x, the lowest first.
+    """
+    steps = alt.selection_interval(
+        name="steps", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.metaKey]"
+    )
+    return cast(alt.LayerChart, alt.layer(*layers).add_params(steps))
+
+
+def step_axis(limits: Limits | None, field: str = "step") -> alt.X:
+    """The step axis that every chart has.
+
+    Args:
+        limits: Its first and last step; by default those of the data.
+        field: The column that holds the step.
+    """
+    domain: Any = alt.Undefined if limits is None else list(limits)
+    return alt.X(
+        f"{field}:Q",
+        title="step (optimizer updates)",
+        axis=alt.Axis(format="~s", tickCount=8, tickMinStep=1, labelFlush=True, labelOverlap=True),
+        scale=alt.Scale(domain=domain, zero=False, nice=False),
+    )
+
+
+def value_axis(
+    title: str, *, log: bool, zero: bool = False, number_format: str = "~g", domain: Limits | None = None
+) -> alt.Y:
+    """A value axis, its title set flat above it.
+
+    Args:
+        title: What is drawn, with its unit.
+        log: Whether it is logarithmic; it is then labelled `10⁻³`.
+        zero: Whether a linear axis must show zero.
+        number_format: How a linear axis writes numbers, in d3's language.
+        domain: Its ends; by default those of the data.
+    """
+    flat: dict[str, Any] = {
+        "titleAngle": 0,
+        "titleAlign": "left",
+        "titleAnchor": "end",
+        "titleBaseline": "bottom",
+        "titleX": 0,
+        "titleY": -8,
+    }
+    ends: Any = alt.Undefined if domain is None else list(domain)
+    if log:
+        faint = {"condition": {"test": f"{_DECADES} < 0.8 || {_IS_POWER}", "value": 1}, "value": 0.35}
+        axis = alt.Axis(labelExpr=_LOG_LABEL, tickCount=6, labelOverlap="greedy", gridOpacity=faint, **flat)
+        scale = alt.Scale(type="log", nice=False, padding=6, domain=ends)
+    else:
+        axis = alt.Axis(format=number_format, tickCount=5, **flat)
+        scale = alt.Scale(zero=zero, nice=True, domain=ends)
+    return alt.Y("value:Q", title=title, axis=axis, scale=scale)
+
+
+def chart_of_lines(
+    points: pd.DataFrame,
+    flags: pd.DataFrame,
+    *,
+    names: Sequence[str],
+    y: alt.Y,
+    limits: Limits | None,
+    series_title: str,
+    value_title: str,
+    value_format: str = ".4~g",
+    interpolate: Interpolation = "linear",
+    with_points: bool = False,
+    height: int = 200,
+) -> alt.LayerChart:
+    """Lines over steps with a tooltip at the nearest point and marks for what no line can show.
+
+    Up to 12 lines have a legend, a click in which picks one out. More are coloured from the
+    first to the last; pointing at one fades the others.
+
+    Args:
+        points: Rows of `draw_table`.
+        flags: Its second result.
+        names: The series in order.
+        y: The value axis.
+        limits: The first and last step.
+        series_title: What a series is, such as `layer`.
+        value_title: What the tooltip calls the value.
+        value_format: How the tooltip writes the value, in d3's language.
+        interpolate: How a line joins its points.
+        with_points: Whether the points themselves are drawn.
+        height: Pixels.
+    """
+    base = alt.Chart(points, width=WIDTH, height=height).encode(
+        x=step_axis(limits), y=y, color=series_color(names)
+    )
+    lines: alt.Chart = base.mark_line(interpolate=interpolate, strokeJoin="round")
+    dots: alt.Chart = base.mark_point(filled=True, size=28)
+    tooltip = [
+        alt.Tooltip("series:N", title=series_title),
+        alt.Tooltip("step:Q", format=","),
+        alt.Tooltip("epoch:Q"),
+        alt.Tooltip("value:Q", title=value_title, format=value_format),
+    ]
+    if len(names) > LEGEND_LINES:
+        hover = _hover(fields=["series"])
+        lines = lines.encode(
+            opacity=alt.when(hover).then(alt.value(0.9)).otherwise(alt.value(0.15)),
+            strokeWidth=alt.when(hover, empty=False).then(alt.value(2.8)).otherwise(alt.value(1.4)),
+        )
+        near: alt.Chart = base.mark_point(opacity=0).encode(tooltip=tooltip).add_params(hover)
+    else:
+        near = nearest_points(base, tooltip)
+    if 1 < len(names) <= LEGEND_LINES:
+        pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
+        faded = alt.when(pick).then(alt.value(1.0)).otherwise(alt.value(0.12))
+        lines, dots = lines.encode(opacity=faded).add_params(pick), dots.encode(opacity=faded)
+    layers = [lines, dots, near] if with_points else [lines, near]
+    if len(flags):
+        layers.append(flag_marks(flags, limits, series_title))
+    return layered(layers)
+
+
+def series_color(names: Sequence[str]) -> alt.Color:
+    """Colours of series: unrelated hues up to 8, else one sequence from first to last.
+
+    Args:
+        names: The series in order; 2 to 12 of them have a legend.
+    """
+    legend: Any = None
+    if 1 < len(names) <= LEGEND_LINES:
+        legend = alt.Legend(title=None, symbolType="stroke")
+    domain = list(names)
+    if len(names) <= 8:
+        return alt.Color("series:N", scale=alt.Scale(domain=domain, range="category"), legend=legend)
+    return alt.Color("series:O", scale=alt.Scale(domain=domain, range="ordinal"), legend=legend)
+
+
+def nearest_points(base: alt.Chart, tooltip: list[alt.Tooltip]) -> alt.Chart:
+    """Points that are invisible but for the one nearest to the pointer, which has the tooltip.
+
+    Args:
+        base: The chart with the data and the axes.
+        tooltip: What to say of a point.
+    """
+    hover = _hover()
+    seen = alt.when(hover, empty=False).then(alt.value(1.0)).otherwise(alt.value(0.0))
+    points: alt.Chart = base.mark_point(filled=True, size=45)
+    return points.encode(tooltip=tooltip, opacity=seen).add_params(hover)
+
+
+def _hover(**projection: Any) -> alt.Parameter:
+    return alt.selection_point(name="hover", on="pointerover", nearest=True, clear="pointerout", **projection)
+
+
+def flag_marks(flags: pd.DataFrame, limits: Limits | None, series_title: str) -> alt.Chart:
+    """Triangles at the foot of the chart where a value is NaN, infinite or outside a log axis.
+
+    Args:
+        flags: Rows `series`, `step`, `epoch`, `flag`.
+        limits: The first and last step.
+        series_title: What a series is.
+    """
+    marks: alt.Chart = alt.Chart(flags, width=WIDTH).mark_point(
+        shape="triangle-up", filled=True, size=60, color=NOT_FINITE, opacity=1, yOffset=-5
+    )
+    return marks.encode(
+        x=step_axis(limits),
+        y=alt.YValue("height"),  # type: ignore[no-untyped-call]
+        tooltip=[
+            alt.Tooltip("series:N", title=series_title),
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip("flag:N", title="value"),
+        ],
+    )
+
+
+def nothing(message: str) -> alt.LayerChart:
+    """A chart that says in words why nothing is drawn.
+
+    Args:
+        message: The words.
+    """
+    rows = pd.DataFrame({"message": [message]})
+    text: alt.Chart = alt.Chart(rows, width=WIDTH, height=60).mark_text(fontSize=13, color="gray")
+    return cast(alt.LayerChart, alt.layer(text.encode(text="message:N")))

@@ -1,0 +1,236 @@
+"""One self-contained page about a run, to be opened in any browser, with or without a network."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import html
+import json
+import os
+import secrets
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from streamlens.runs import read_run
+from streamlens.views.sections import ModelRows, ReadableRun, Section, read_models, sections
+from streamlens.views.summary import Tile, last_step, tiles, time_span
+from streamlens.views.theme import vega_config
+
+__all__ = ["write_report"]
+
+
+def write_report(run: str | os.PathLike[str] | ReadableRun, out: str | os.PathLike[str]) -> Path:
+    """Write a page about a run: its settings, a summary and charts of what was recorded.
+
+    The page is one file of about 1 MB that loads nothing from anywhere. What was not recorded is
+    left out and listed at its end. Its text comes from the run, and is shown as text only. The
+    file is replaced at once: whoever reads it meanwhile sees the old page or the new one. Runs of
+    more than 20,000 steps are read thinned, their extremes kept.
+
+    Args:
+        run: The file that a `RunStore` wrote, or a run read from it.
+        out: Where to write the page; missing folders are made.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunStoreError: `run` is a path at which there is no run store.
+        OSError: The page cannot be written.
+    """
+    if isinstance(run, str | os.PathLike):
+        with read_run(run) as opened:
+            page = _page(opened)
+    else:
+        page = _page(run)
+    out = Path(out)
+    try:
+        _replace(out, page)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write the report: {error.strerror}", str(out)) from error
+    return out
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _page(run: ReadableRun) -> str:
+    models = read_models(run)
+    last = last_step(models)
+    found = sections(models, (0.0, float(last + 1)) if last >= 0 else None)
+    title, settings = _heading(run.metadata)
+    # A classic script ends at the first "</script": the bundle's build makes sure it holds none.
+    bundle = _asset("vega/vega.min.js")
+    script = _asset("page/host.js") + _asset("page/boot.js")
+    charts = [
+        {"id": f"chart-{i}", "name": _file_name(section), "spec": section.chart.to_dict()}
+        for i, section in enumerate(found)
+    ]
+    width = _label_width(models)
+    return string.Template(_asset("page/report.html")).substitute(
+        policy=_policy(bundle, script),
+        title=html.escape(title),
+        css=_asset("page/report.css"),
+        recorded=_recorded(models),
+        settings=_settings(settings),
+        tiles=_tiles(tiles(models)),
+        hint=_HINT if found else "",
+        sections="\n".join(_sections(found)) if found else _EMPTY,
+        missing=_missing(models) if found else "",
+        charts=_json(charts),
+        configs=_json({mode: vega_config(mode, label_width=width) for mode in ("light", "dark")}),
+        bundle=bundle,
+        script=script,
+    )
+
+
+def _asset(name: str) -> str:
+    return files("streamlens.views").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(data: object) -> str:
+    """JSON that can stand in a script element: nothing in it can end the element or open another."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(_ESCAPES)
+
+
+_ESCAPES: Final = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+
+
+def _policy(*scripts: str) -> str:
+    """A policy under which only these scripts run, and nothing is loaded or sent."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _heading(metadata: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The page's title, and what else is known about the run as (name, value)."""
+    flat = dict(_flatten(metadata))
+    model, data = flat.pop("model", ""), flat.pop("dataset", "")
+    title = f"{model or 'Training run'} on {data}" if data else model or "Training run"
+    return title, list(flat.items())
+
+
+def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in entries.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{key}.")
+        elif isinstance(value, float):
+            yield key, f"{value:.6g}"
+        elif value is not None and value != "":
+            yield key, str(value)
+
+
+def _settings(settings: Sequence[tuple[str, str]]) -> str:
+    if not settings:
+        return ""
+    rows = "\n".join(
+        f'<div title="{html.escape(value)}"><dt>{html.escape(name.replace("_", " "))}</dt>'
+        f"<dd>{html.escape(value)}</dd></div>"
+        for name, value in ((name[:60], value[:300]) for name, value in settings[:60])
+    )
+    return f'<dl class="settings">\n{rows}\n</dl>'
+
+
+def _recorded(models: Sequence[ModelRows]) -> str:
+    span = time_span(models)
+    if span is None:
+        return ""
+    with suppress(ValueError, OverflowError, OSError):
+        start = datetime.datetime.fromtimestamp(span[0], datetime.UTC)
+        return f" · run of {start:%Y-%m-%d %H:%M} UTC"
+    return ""
+
+
+def _tiles(numbers: Sequence[Tile]) -> str:
+    if not numbers:
+        return ""
+    rows = []
+    for tile in numbers:
+        note = f'<dd class="note {tile.verdict}">{html.escape(tile.note)}</dd>' if tile.note else ""
+        label, value = html.escape(tile.label), html.escape(tile.value)
+        wide = " wide" if tile.wide else ""
+        rows.append(f'<div class="tile{wide}"><dt>{label}</dt><dd class="value">{value}</dd>{note}</div>')
+    return '<dl class="tiles">\n' + "\n".join(rows) + "\n</dl>"
+
+
+def _sections(found: Sequence[Section]) -> Iterator[str]:
+    model = ""
+    for i, section in enumerate(found):
+        if section.model != model:
+            model = section.model
+            yield f"<h2>{html.escape(model)}</h2>"
+        yield (
+            f'<section class="card">\n<h3>{html.escape(section.title)}</h3>\n'
+            f'<p>{html.escape(section.reading)}</p>\n<div class="chart" id="chart-{i}"></div>\n</section>'
+        )
+
+
+def _file_name(section: Section) -> str:
+    # What a browser proposes for a saved picture; it makes the rest safe by itself.
+    return f"{section.model}-{section.key}" if section.model else section.key
+
+
+def _label_width(models: Sequence[ModelRows]) -> int:
+    """Pixels for the labels of every value axis, so that all step axes start at one place."""
+    per_layer = ("uw_ratio", "weight_gradients.norm2", "weights.norm2")
+    names = [layer for model in models for topic in per_layer for layer in model.layers.get(topic, ())]
+    return min(140, max(48, 10 + round(6.4 * max(map(len, names), default=0))))
+
+
+def _missing(models: Sequence[ModelRows]) -> str:
+    recorded = {topic for model in models for topic, rows in model.rows.items() if len(rows)}
+    rows = [
+        f"<li>{html.escape(what)}: <code>{html.escape(how)}</code></li>"
+        for topic, (what, how) in _HOW_TO_RECORD.items()
+        if topic not in recorded
+    ]
+    if not rows:
+        return ""
+    return (
+        '<section class="missing">\n<p>Not recorded in this run, and how to record it next time '
+        "(<code>store</code> is its <code>RunStore</code>):</p>\n<ul>\n"
+        + "\n".join(rows)
+        + "\n</ul>\n</section>"
+    )
+
+
+_HINT: Final = (
+    '<p class="hint">All charts share their steps: drag to move along them, scroll with Ctrl or ⌘ held to '
+    "zoom, double-click to see the whole run again. Point at a line for its value.</p>"
+)
+_EMPTY: Final = (
+    '<section class="card empty"><h3>Nothing was recorded</h3>\n<p>This run holds no frames that the report '
+    "can show. Subscribe a store to a stream while training, for instance<br>"
+    '<code>lens.pipe(sl.uw_ratio()).subscribe(sl.sinks.RunStore("run.db"))</code></p></section>'
+)
+_HOW_TO_RECORD: Final = {
+    "loss": ("the loss", 'observe(model, loss=criterion).pipe(sl.topic("loss")).subscribe(store)'),
+    "train_accuracy": ("the training accuracy", 'lens.emit("train_accuracy", share)'),
+    "test_accuracy": ("the test accuracy", 'lens.emit("test_accuracy", share)'),
+    "learning_rate": ("the learning rate", 'lens.pipe(sl.topic("learning_rate")).subscribe(store)'),
+    "uw_ratio": ("the update-to-weight ratio", "lens.pipe(sl.uw_ratio()).subscribe(store)"),
+    "weight_gradients.norm2": (
+        "gradient norms",
+        'lens.pipe(sl.norm("weight_gradients")).subscribe(store)',
+    ),
+    "weights.norm2": ("weight norms", 'lens.pipe(sl.norm("weights")).subscribe(store)'),
+}

@@ -1,0 +1,198 @@
+"""What a page about a run shows: its sections, each a chart with a sentence on how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import altair as alt
+
+from streamlens.views.accuracy import accuracies
+from streamlens.views.heatmap import update_to_weight_ratio
+from streamlens.views.loss import loss
+from streamlens.views.marks import Limits
+from streamlens.views.norms import gradient_norms, weight_norms
+from streamlens.views.rates import learning_rate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TOPICS", "ModelRows", "ReadableRun", "Section", "read_models", "sections"]
+
+TOPICS: Final = (
+    "loss",
+    "loss.ema",
+    "train_accuracy",
+    "test_accuracy",
+    "learning_rate",
+    "uw_ratio",
+    "weight_gradients.norm2",
+    "weights.norm2",
+    "epoch_finished",
+)
+"""The topics a page knows how to show."""
+
+_MOST_POINTS: Final = 10_000
+"""Points in a page, in all: a browser redraws that many at once without a pause."""
+
+_MOST_CELLS: Final = 4_500
+_MOST_READ: Final = 20_000
+"""Rows read of one layer; a longer run is read thinned, its extremes and NaN kept."""
+
+
+class ReadableRun(Protocol):
+    """What a page needs of a run; `streamlens.runs.Run` is one."""
+
+    @property
+    def topics(self) -> list[str]:
+        """The names of what was recorded."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What is known about the run beside its frames."""
+
+    def layers(self, topic: str) -> list[str]:
+        """The layers of a topic, in model order."""
+
+    def dataframe(self, topic: str, *, max_points: int | None = None) -> pd.DataFrame:
+        """A topic as rows: step, micro_step, epoch, layer, value, wall_time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRows:
+    """What was recorded of one model.
+
+    Attributes:
+        name: The name given to `observe(model, name=...)`, or `""`.
+        rows: The rows of each topic, without the name in front.
+        layers: The layers of each topic, in model order, without the name in front.
+    """
+
+    name: str
+    rows: dict[str, pd.DataFrame] = field(default_factory=dict)
+    layers: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A chart in a page, with the words around it.
+
+    Attributes:
+        key: What it is about, as a short word.
+        model: The model it is about, or `""`.
+        title: Its heading.
+        reading: How to read the chart.
+        chart: The chart.
+    """
+
+    key: str
+    model: str
+    title: str
+    reading: str
+    chart: alt.LayerChart
+
+
+def read_models(run: ReadableRun) -> list[ModelRows]:
+    """Read what the page knows how to show, one entry a model.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The models in the order in which they were recorded; what has no model's name first.
+    """
+    models: dict[str, ModelRows] = {"": ModelRows("")}
+    for topic in run.topics:
+        # A name of the user's own may hold a slash too: only a known topic after it makes a model.
+        name, _, base = topic.rpartition("/")
+        if base not in TOPICS:
+            continue
+        model = models.setdefault(name, ModelRows(name))
+        rows = run.dataframe(topic, max_points=_MOST_READ)
+        layers = run.layers(topic)
+        if name:
+            prefix = f"{name}."
+            short = {layer: layer.removeprefix(prefix) for layer in layers}
+            layers = list(short.values())
+            rows = rows.assign(layer=[short[layer] for layer in rows["layer"].tolist()])
+        model.rows[base] = rows
+        model.layers[base] = layers
+    return [model for model in models.values() if any(len(rows) for rows in model.rows.values())]
+
+
+def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[Section]:
+    """The sections of a page, at most about 10,000 points in all of them together.
+
+    Args:
+        models: What `read_models` returned.
+        limits: The first and last step of every chart's axis.
+    """
+    share = _MOST_POINTS // max(1, len(models))
+    return [section for model in models for section in _of_model(model, limits, share)]
+
+
+def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:
+    rows = {topic: table for topic, table in model.rows.items() if len(table)}
+    found: list[Section] = []
+
+    def add(key: str, title: str, reading: str, chart: alt.LayerChart) -> None:
+        found.append(Section(key, model.name, title, reading, chart))
+
+    cells = min(_MOST_CELLS * budget // _MOST_POINTS, len(rows.get("uw_ratio", ())))
+    # The norms of many layers take whatever the others leave.
+    per_layer = (budget - cells - budget // 4) // 2
+    if "loss" in rows:
+        chart = loss(rows["loss"], rows.get("loss.ema"), limits=limits, max_points=budget * 15 // 100)
+        add("loss", "Loss", _READING["loss"], chart)
+    curves = {
+        name: rows[f"{topic}_accuracy"]
+        for name, topic in (("training", "train"), ("test", "test"))
+        if f"{topic}_accuracy" in rows
+    }
+    if curves:
+        chart = accuracies(curves, limits=limits, max_points=budget * 5 // 100)
+        add("accuracy", "Accuracy", _READING["accuracy"], chart)
+    if "learning_rate" in rows:
+        chart = learning_rate(rows["learning_rate"], limits=limits, max_points=budget * 5 // 100)
+        add("learning-rate", "Learning rate", _READING["learning-rate"], chart)
+    if "uw_ratio" in rows:
+        chart = update_to_weight_ratio(
+            rows["uw_ratio"], layers=model.layers["uw_ratio"], limits=limits, max_cells=max(1, cells)
+        )
+        add("update-to-weight-ratio", "Update-to-weight ratio", _READING["update-to-weight-ratio"], chart)
+    for topic, key, title, view in (
+        ("weight_gradients.norm2", "gradient-norms", "Gradient norms", gradient_norms),
+        ("weights.norm2", "weight-norms", "Weight norms", weight_norms),
+    ):
+        if topic in rows:
+            chart = view(rows[topic], layers=model.layers[topic], limits=limits, max_points=per_layer)
+            add(key, title, _READING[key], chart)
+    return found
+
+
+_READING: Final = {
+    "loss": (
+        "The faint line is the loss of each step's batch, the strong one its moving average; "
+        "look for a steady fall and for jumps that do not recover."
+    ),
+    "accuracy": (
+        "The share of examples classified correctly; training far above test is the mark of overfitting."
+    ),
+    "learning-rate": (
+        "The rate the optimizer used at each step; a bend in another chart below a step in this one "
+        "is the schedule's doing."
+    ),
+    "update-to-weight-ratio": (
+        "How far each update moves a layer, relative to the size of its weights, from the input's layer "
+        "at the top to the output's: neutral is around 10⁻³, the usual aim, orange is faster, blue slower, "
+        "magenta holds NaN or infinity."
+    ),
+    "gradient-norms": (
+        "The 2-norm of each layer's weight gradient; lines that fall apart by powers of ten from layer to "
+        "layer are gradients that vanish, lines that shoot up are gradients that explode."
+    ),
+    "weight-norms": (
+        "The 2-norm of each layer's weights; slow growth is common without weight decay, sudden jumps are not."
+    ),
+}
