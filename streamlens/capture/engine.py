@@ -128,7 +128,7 @@ class Engine(Runtime):
     @property
     def silent(self) -> bool:
         """Whether nothing is to be taken now."""
-        return self.closed or self.paused > 0 or self._suppressed > 0
+        return self.closed or self.inert or self.paused > 0 or self._suppressed > 0
 
     @contextlib.contextmanager
     def suppressed(self) -> Iterator[None]:
@@ -398,7 +398,7 @@ class Engine(Runtime):
     def watch_backward(self, tensor: Tensor) -> None:
         """Notice when a backward through this tensor begins."""
         if self.demands and tensor.requires_grad:
-            tensor.register_hook(_BackwardHook(self, self.clock.passes))
+            self.forward.hook_tensor(tensor, _BackwardHook(self, self.clock.passes))
 
     def backward_begins(self, passes: int | None = None) -> None:
         """The first hook of a backward through the open pass has fired, perhaps on another thread."""
@@ -551,14 +551,18 @@ class Engine(Runtime):
         # The model went together with its hooks, and they with us: nothing must stay unwritten.
         with contextlib.suppress(Exception):
             self.shut_down(timeout=5.0)
+            step_watch().tidy()
 
     def _tidy(self) -> None:
         self.demands.clear()
-        self._root.remove()
+        self.in_forward = False
         self.forward.remove()
         self.losses.remove()
         self.updates.drop()
-        step_watch().discard(self.updates)
+        # Closed within an optimizer's step, its hooks must stay until that is over: then those of
+        # the model stay too, so that its next forward comes back here.
+        if step_watch().discard(self.updates):
+            self._root.remove()
         self._finalizer.detach()
 
 

@@ -69,6 +69,7 @@ class ForwardCapture:
         self._engine = engine
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._parameter_handles: list[RemovableHandle] = []
+        self._leaf_handles: list[RemovableHandle] = []
         self._plans: dict[tuple[int, ...], PassPlan] = {}
         self._sides: dict[str, _Side] = {}
         self._overwritten: set[str] = set()
@@ -82,9 +83,8 @@ class ForwardCapture:
     # -- planning ----------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget every plan, because demands or the model changed."""
+        """Forget every plan, because demands or the model changed; the open pass keeps its own."""
         self._plans.clear()
-        self.plan = None
 
     def begin_pass(self, due: Sequence[Demand]) -> None:
         """A new micro-step begins, for which these demands are due."""
@@ -92,6 +92,7 @@ class ForwardCapture:
         self._repeated = {}
         self._batch_calls = {}
         self.in_backward = False
+        self._unhook_leaves()
         key = tuple(map(id, due))
         plan = self._plans.get(key)
         if plan is None:
@@ -181,6 +182,8 @@ class ForwardCapture:
             handle.remove()
         self._handles = {}
         self._parameter_handles = []
+        self._unhook_leaves()
+        self._plans.clear()
         self._sides = {}
         self.plan = None
 
@@ -216,7 +219,22 @@ class ForwardCapture:
                 fixed = name in self._overwritten or tensor.is_inference()
                 side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
         if (need_gradient or name in plan.raw["layer_gradients"]) and tensor.requires_grad:
-            tensor.register_hook(_GradientHook(self._engine, name, key, self._engine.clock.passes))
+            self.hook_tensor(tensor, _GradientHook(self._engine, name, key, self._engine.clock.passes))
+
+    def hook_tensor(self, tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+        """Have `hook` called with the gradient of an output.
+
+        An output goes with its graph and takes the hook along. A leaf (a module may return its own
+        parameter) stays: its hook is removed when the next pass begins.
+        """
+        handle = tensor.register_hook(hook)
+        if tensor.is_leaf:
+            self._leaf_handles.append(handle)
+
+    def _unhook_leaves(self) -> None:
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles.clear()
 
     def gradient_of(self, name: str, key: str, passes: int, gradient: Tensor) -> None:
         """The gradient of a module's output has been computed, perhaps on another thread."""

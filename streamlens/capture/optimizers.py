@@ -79,22 +79,33 @@ class StepWatch:
                     register_optimizer_step_post_hook(self._after),
                 ]
 
-    def discard(self, listener: StepListener) -> None:
-        """Serve an engine no longer; the hooks go with the last, once no step is under way."""
+    def discard(self, listener: StepListener) -> bool:
+        """Serve an engine no longer; the hooks go with the last, once no step is under way.
+
+        Returns:
+            Whether nothing is left to be tidied up.
+        """
         with self._lock:
             self._listeners.discard(listener)
-        self.tidy()
+        return self.tidy()
 
-    def tidy(self) -> None:
+    def tidy(self) -> bool:
         """Remove the hooks if nobody needs them and no optimizer is stepping.
 
         Within a step PyTorch iterates over its hooks and would fail if one went.
+
+        Returns:
+            Whether no hook is left that nobody needs.
         """
         with self._lock:
-            if self._handles and not self._listeners and not self._frames():
-                for handle in self._handles:
-                    handle.remove()
-                self._handles = []
+            if not self._handles or self._listeners:
+                return True
+            if self._frames():
+                return False
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            return True
 
     @property
     def installed(self) -> bool:

@@ -131,6 +131,8 @@ class UpdateCapture:
         self._parameters.drop_copies()
         self._held.clear()
         self._infos.clear()
+        if self._call is not None and self._call.lease is not None:
+            self._call.lease.end()
         self._call = None
         self._manual = None
 
