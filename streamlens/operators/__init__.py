@@ -1,0 +1,45 @@
+"""Operators: streams of frames in, streams of frames out."""
+
+from streamlens.operators.across_layers import across_layers
+from streamlens.operators.align import AlignedFrame, align, combine
+from streamlens.operators.diff import diff
+from streamlens.operators.ema import ema
+from streamlens.operators.per_epoch import per_epoch
+from streamlens.operators.per_step import per_step
+from streamlens.operators.ratio import ratio, uw_ratio
+from streamlens.operators.scan import scan
+from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
+from streamlens.operators.smooth import smooth
+from streamlens.operators.statistics import maximum, mean, minimum, norm, reduce, rms, std, var
+from streamlens.operators.window import window
+
+__all__ = [
+    "AlignedFrame",
+    "across_layers",
+    "align",
+    "between",
+    "combine",
+    "diff",
+    "ema",
+    "every",
+    "layers",
+    "maximum",
+    "mean",
+    "minimum",
+    "norm",
+    "per_epoch",
+    "per_layer",
+    "per_step",
+    "ratio",
+    "reduce",
+    "rename",
+    "rms",
+    "scan",
+    "smooth",
+    "std",
+    "topic",
+    "uw_ratio",
+    "var",
+    "where",
+    "window",
+]

@@ -1,0 +1,222 @@
+"""How a join is wired: its inputs made ready, the stream in front subscribed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from reactivex import Observable, abc
+from reactivex.disposable import CompositeDisposable
+from reactivex.subject import Subject
+
+from streamlens.frame import Frame, Kind
+from streamlens.lens import Lens
+from streamlens.nodes import average_micro_steps
+from streamlens.operators._base import checked_source
+from streamlens.operators._join import Join, JoinInput
+from streamlens.operators._windowed import Epochs, Windowed
+from streamlens.operators.selection import topic
+from streamlens.runtime import MarkKind, Runtime, current_chain
+from streamlens.stream import Stream, as_stream
+
+__all__ = ["JoinSource", "joined"]
+
+JoinSource: TypeAlias = str | Observable[Frame] | Callable[[Any], Observable[Frame]]
+"""An input of a join: a topic or an operator of the stream it is applied to, or another stream."""
+
+_hub: Final[ContextVar[Subject[Frame] | None]] = ContextVar("streamlens_hub", default=None)
+"""While a join subscribes: where the frames of the stream in front come from."""
+
+
+def _stand_in(source: Stream) -> Stream:
+    """The stream in front, for the inputs of a join: subscribed once for all of them."""
+
+    def subscribe(
+        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        hub = _hub.get()
+        return (source if hub is None else hub).subscribe(observer, scheduler=scheduler)
+
+    stream = source.then(subscribe, "", raw=source.raw)
+    stream.plan = ()
+    return stream
+
+
+class Wiring:
+    """The inputs of a join, made ready for it."""
+
+    def __init__(self, source: Observable[Frame], sources: Sequence[JoinSource]) -> None:
+        own_streams = all(isinstance(s, Observable) for s in sources)
+        self.front = source if isinstance(source, Lens) or own_streams else checked_source(source)
+        self.shared = None if isinstance(self.front, Lens) or own_streams else as_stream(self.front)
+        base = self.front if self.shared is None else _stand_in(self.shared)
+        inputs = [self._input(base, entry) for entry in sources]
+        kinds = {stream.kind for stream in inputs}
+        plain = all(stream.lens is None for stream in inputs)
+        self.by_micro_step = kinds == {Kind.MICRO_STEP} or (plain and Kind.STEP not in kinds)
+        if not self.by_micro_step:
+            inputs = [average_micro_steps(stream) for stream in inputs]
+        self.inputs = inputs
+        self.one_burst = all(s.raw and s.kind is Kind.STEP for s in inputs) and (
+            len({id(s.runtime) for s in inputs}) == 1 and not plain
+        )
+
+    @staticmethod
+    def _input(base: Observable[Frame], entry: JoinSource) -> Stream:
+        if isinstance(entry, str):
+            return checked_source(topic(entry)(base))
+        return checked_source(entry if isinstance(entry, Observable) else entry(base))
+
+    def entries(self) -> list[JoinInput]:
+        """What the join is told of each input."""
+        return [
+            JoinInput(
+                stream.runtime if stream.lens is not None else None,
+                # What is given at an epoch's end comes after its last step has closed.
+                MarkKind.EPOCH
+                if isinstance(stream, Windowed) and stream.windows == Epochs()
+                else MarkKind.CLOSED,
+            )
+            for stream in self.inputs
+        ]
+
+    def result(self, subscribe: abc.Subscription[Frame], plan: str) -> Stream:
+        """The join's stream: of the lens that its inputs come from, and of their windows."""
+        first = next((s for s in self.inputs if s.lens is not None), self.inputs[0])
+        front = as_stream(self.front)
+        base = front if front.lens is not None or first.lens is None else first.lens
+        kind = Kind.MICRO_STEP if {s.kind for s in self.inputs} == {Kind.MICRO_STEP} else first.kind
+        stream = Stream(
+            subscribe,
+            plan=(*base.plan, plan),
+            runtime=base.runtime,
+            lens=base.lens,
+            kind=kind,
+            foreign=any(s.foreign for s in self.inputs),
+        )
+        windows = [s.windows if isinstance(s, Windowed) else None for s in self.inputs]
+        if windows[0] is not None and all(w == windows[0] for w in windows):
+            return Windowed.of(stream, windows[0])
+        return stream
+
+
+def joined(
+    source: Observable[Frame],
+    sources: Sequence[JoinSource],
+    emit: Callable[[tuple[Frame, ...]], Any],
+    operator: str,
+    lateness: int,
+) -> Stream:
+    """The stream of what `emit` makes of the frames that belong together."""
+    wiring = Wiring(source, sources)
+    late = f", allowed_lateness={lateness}" if lateness else ""
+    plan = f"{operator}({', '.join(stream.plan_text for stream in wiring.inputs)}{late})"
+    holder: list[Stream] = []
+
+    def subscribe(
+        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        return _subscribe(wiring, holder[0].runtime, observer, scheduler, emit, plan, lateness)
+
+    holder.append(wiring.result(subscribe, plan))
+    return holder[0]
+
+
+def _subscribe(
+    wiring: Wiring,
+    runtime: Runtime,
+    observer: abc.ObserverBase[Frame],
+    scheduler: abc.SchedulerBase | None,
+    emit: Callable[[tuple[Frame, ...]], Any],
+    plan: str,
+    lateness: int,
+) -> abc.DisposableBase:
+    join = Join(
+        runtime,
+        wiring.entries(),
+        by_micro_step=wiring.by_micro_step,
+        lateness=lateness,
+        one_burst=wiring.one_burst,
+    )
+    join.plan = plan
+    chain = current_chain.get()
+    if chain is not None:
+        chain.cells.append(join)
+    group = CompositeDisposable()
+
+    def receive(i: int) -> Callable[[Frame], None]:
+        def on_next(frame: Frame) -> None:
+            try:
+                frames = join.on_input(i, frame)
+                result = None if frames is None else emit(frames)
+            except Exception as error:
+                if chain is not None:
+                    chain.counts["errors"] += 1
+                runtime.report(error, f"{plan} in {chain.key if chain else 'a stream'!r}")
+                return
+            if result is not None:
+                observer.on_next(result)
+
+        return on_next
+
+    def complete(i: int) -> Callable[[], None]:
+        def on_completed() -> None:
+            if join.on_input_completed(i):
+                observer.on_completed()
+
+        return on_completed
+
+    hub: Subject[Frame] = Subject()
+    start = _connect(wiring.shared, hub, group, scheduler)
+    token = _hub.set(hub)
+    try:
+        for i, stream in enumerate(wiring.inputs):
+            group.add(stream.subscribe(receive(i), observer.on_error, complete(i), scheduler=scheduler))
+    finally:
+        _hub.reset(token)
+    # Last, so that every operator in front has acted on a mark before the join does.
+    for marked in {id(s.runtime): s.runtime for s in wiring.inputs if s.lens is not None}.values():
+        group.add(marked.on_mark(partial(join.on_mark_of, marked)))
+    start()
+    return group
+
+
+def _connect(
+    shared: Stream | None,
+    hub: Subject[Frame],
+    group: CompositeDisposable,
+    scheduler: abc.SchedulerBase | None,
+) -> Callable[[], None]:
+    """Subscribe the stream in front; what it gives at once waits until the inputs are there."""
+    if shared is None:
+        return lambda: None
+    waiting: list[Callable[[], None]] | None = []
+
+    def on_next(frame: Frame) -> None:
+        if waiting is None:
+            hub.on_next(frame)
+        else:
+            waiting.append(lambda: hub.on_next(frame))
+
+    def on_error(error: Exception) -> None:
+        if waiting is None:
+            hub.on_error(error)
+        else:
+            waiting.append(lambda: hub.on_error(error))
+
+    def on_completed() -> None:
+        if waiting is None:
+            hub.on_completed()
+        else:
+            waiting.append(hub.on_completed)
+
+    def start() -> None:
+        nonlocal waiting
+        first, waiting = waiting or [], None
+        for event in first:
+            event()
+
+    group.add(shared.subscribe(on_next, on_error, on_completed, scheduler=scheduler))
+    return start
