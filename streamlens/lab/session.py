@@ -36,7 +36,7 @@ class Session:
         trainer: What to run. Its lens is closed in the end.
         folder: What the run leaves goes here.
         show: `"tb"` for TensorBoard events, `"console"` for a live table, `"none"`.
-        verbose: Print what is computed, a line an epoch, and the tracebacks of failures.
+        verbose: Print a line an epoch, the tracebacks of failures and, in the end, the plan.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, *, show: str = "tb", verbose: bool = False) -> None:
@@ -69,8 +69,6 @@ class Session:
             for stream in streams:
                 for sink in sinks:
                     stream.subscribe(sink)
-            if self.verbose:
-                self._out.print(lens.explain())
             start = time.perf_counter()
             try:
                 self._train()
@@ -78,6 +76,8 @@ class Session:
                 interrupted = True
             finally:
                 seconds = time.perf_counter() - start
+                if self.verbose:  # now, since the plan ends with the lens
+                    self._out.print(lens.explain())
                 if not lens.close(timeout=_PATIENCE):
                     self._warn(f"not everything could be written within {_PATIENCE:.0f} s")
             report = recording.write_report()
