@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import streamlens
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,6 +76,10 @@ def test_the_wheel_carries_types_licence_and_the_vega_bundle_with_its_licences(
     vega = [name for name in in_wheel if name.startswith("streamlens/views/vega/")]
     assert any(name.endswith(".js") for name in vega)
     assert any("licen" in name.lower() for name in vega)
+
+
+def test_the_installed_version_is_the_one_the_package_names() -> None:
+    assert metadata.version("streamlens") == streamlens.__version__
 
 
 def test_the_root_links_lead_into_the_package() -> None:

@@ -93,8 +93,8 @@ class Recording:
             return
         self._add(lambda: sl.sinks.RunStore(self.run_db))
         if tensorboard:
-            self.events = _unused(folder / "tensorboard")
-            self._add(lambda: sl.sinks.TensorBoard(self.events))
+            events = self.events = _unused(folder / "tensorboard")
+            self._add(lambda: sl.sinks.TensorBoard(events))
 
     @property
     def run_db(self) -> Path:
