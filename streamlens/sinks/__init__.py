@@ -1,0 +1,38 @@
+"""Where streams end. Each sink is imported when it is first named, with what it needs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+from streamlens.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from streamlens.sinks.console import Console
+    from streamlens.sinks.run_store import RunStore
+    from streamlens.sinks.table import Table
+    from streamlens.sinks.tensorboard import TensorBoard
+
+__all__ = ["Console", "RunStore", "Table", "TensorBoard"]
+
+_HOMES: Final = {
+    "Console": "streamlens.sinks.console",
+    "RunStore": "streamlens.sinks.run_store",
+    "Table": "streamlens.sinks.table",
+    "TensorBoard": "streamlens.sinks.tensorboard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        hint = did_you_mean(name, __all__)
+        raise AttributeError(
+            f"module {__name__!r} has no sink {name!r}" + (f": {hint}" if hint else f"; it has {__all__}")
+        )
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

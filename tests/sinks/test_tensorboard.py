@@ -1,0 +1,257 @@
+"""TensorBoard: what it writes is what TensorBoard's own reader reads."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as reference_crc32c
+from tensorboard.util import tensor_util
+
+from streamlens.delivery import Delivery
+from streamlens.frame import Frame
+from streamlens.sink import RunInfo
+from streamlens.sinks._event_file import EventFile, crc32c
+from streamlens.sinks.tensorboard import TensorBoard
+
+RUN = RunInfo(id="f00d")
+
+
+def written(logdir: Path, *frames: Frame, run: RunInfo = RUN) -> EventAccumulator:
+    sink = TensorBoard(logdir)
+    sink.open(run)
+    sink.write(frames)
+    sink.close()
+    return read(logdir)
+
+
+def read(logdir: Path) -> EventAccumulator:
+    return EventAccumulator(str(logdir), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def norms(step: int, values: Sequence[float], **fields: Any) -> Frame:
+    return Frame("norm", step, [f"layer{i}" for i in range(len(values))], torch.tensor(values), **fields)
+
+
+def test_scalars_come_back_with_tags_steps_and_values(tmp_path: Path) -> None:
+    frames = [norms(step, [0.1 * step, 7.0]) for step in range(3)]
+    events = written(tmp_path, *frames, Frame("loss", 2, ("",), torch.tensor([0.5])))
+    assert events.Tags()["scalars"] == ["norm/layer0", "norm/layer1", "loss"]
+    expected = [(step, float(np.float32(0.1 * step))) for step in range(3)]
+    assert scalars(events, "norm/layer0") == expected
+    assert scalars(events, "loss") == [(2, 0.5)]
+
+
+def test_nan_and_infinities_are_written_as_they_are(tmp_path: Path) -> None:
+    events = written(tmp_path, norms(0, [float("nan"), float("inf"), -float("inf")]))
+    values = [scalars(events, f"norm/layer{i}")[0][1] for i in range(3)]
+    assert np.isnan(values[0])
+    assert values[1:] == [float("inf"), -float("inf")]
+
+
+def test_a_frame_is_one_event_holding_all_its_layers(tmp_path: Path) -> None:
+    written(tmp_path, norms(0, [1.0] * 5), norms(1, [1.0] * 5))
+    (path,) = tmp_path.iterdir()
+    sizes = [len(event.summary.value) for event in LegacyEventFileLoader(str(path)).Load()]
+    assert sizes == [0, 5, 5]
+
+
+def test_named_components_are_scalars_of_their_own(tmp_path: Path) -> None:
+    loss = Frame("loss", 4, ("",), torch.tensor([[1.0, 2.0]]), components=("a", "b"))
+    quantiles = Frame("q", 4, ("fc",), (torch.tensor([3.0, 4.0]),), components=("5%", "95%"))
+    events = written(tmp_path, loss, quantiles)
+    tags = {tag: scalars(events, tag)[0][1] for tag in events.Tags()["scalars"]}
+    assert tags == {"loss/a": 1.0, "loss/b": 2.0, "q/fc/5%": 3.0, "q/fc/95%": 4.0}
+
+
+def test_micro_steps_are_written_at_their_step(tmp_path: Path) -> None:
+    frames = [norms(7, [float(i)], micro_step=i) for i in range(3)]
+    assert scalars(written(tmp_path, *frames), "norm/layer0") == [(7, 0.0), (7, 1.0), (7, 2.0)]
+
+
+def test_changed_layers_do_not_mix_with_earlier_ones(tmp_path: Path) -> None:
+    frames = [norms(0, [1.0, 2.0]), norms(1, [3.0]), norms(2, [4.0, 5.0])]
+    events = written(tmp_path, *frames)
+    assert scalars(events, "norm/layer0") == [(0, 1.0), (1, 3.0), (2, 4.0)]
+    assert scalars(events, "norm/layer1") == [(0, 2.0), (2, 5.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_every_type_of_number_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    events = written(tmp_path, Frame("norm", 0, ("a",), torch.ones(1, dtype=dtype)))
+    assert scalars(events, "norm/a") == [(0, 1.0)]
+
+
+def test_tensors_are_histograms_of_their_elements(tmp_path: Path) -> None:
+    weights = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).double()
+    events = written(tmp_path, Frame("weights", 3, ("a", "b"), (weights, torch.ones(7))))
+    (event,) = events.Histograms("weights/a")
+    histogram = event.histogram_value
+    counts, edges = np.histogram(weights.numpy(), bins=64)
+    assert event.step == 3
+    assert np.array_equal(histogram.bucket, counts)
+    assert np.allclose(histogram.bucket_limit, edges[1:])
+    assert (histogram.min, histogram.max, histogram.num) == (weights.min(), weights.max(), 2000)
+    assert histogram.sum == pytest.approx(weights.sum().item())
+    assert histogram.sum_squares == pytest.approx(weights.square().sum().item())
+    (constant,) = events.Histograms("weights/b")
+    assert (list(constant.histogram_value.bucket), list(constant.histogram_value.bucket_limit)) == (
+        [7],
+        [1.0],
+    )
+
+
+def test_histograms_show_what_is_finite_and_count_the_rest(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    values = (torch.tensor([1.0, nan, 2.0, inf]), torch.tensor([nan, nan]))
+    events = written(tmp_path, Frame("weights", 0, ("a", "b"), values))
+    assert events.Histograms("weights/a")[0].histogram_value.num == 2
+    assert scalars(events, "weights/a/non_finite") == [(0, 2.0)]
+    assert scalars(events, "weights/b/non_finite") == [(0, 2.0)]
+    assert events.Tags()["histograms"] == ["weights/a"]
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30),
+)
+@settings(max_examples=40, deadline=None)
+def test_bins_hold_every_element_whatever_its_size(elements: list[float]) -> None:
+    histogram = TensorBoard("unused")._bins(np.array(elements))
+    assert sum(histogram.bucket) == len(elements)
+    assert histogram.bucket_limit[-1] == histogram.max == max(elements)
+    assert list(histogram.bucket_limit) == sorted(set(histogram.bucket_limit))
+
+
+def test_unnamed_vectors_are_histograms_too(tmp_path: Path) -> None:
+    events = written(tmp_path, Frame("singular_values", 0, ("a",), torch.rand(1, 30)))
+    assert events.Histograms("singular_values/a")[0].histogram_value.num == 30
+
+
+def test_a_sentence_is_a_text_beside_the_values(tmp_path: Path) -> None:
+    alert = Frame("alerts.nan", 5, ("", "fc"), torch.tensor([2.0, 1.0]), meta={"text": "fc is NaN ☹"})
+    events = written(tmp_path, alert)
+    (text,) = events.Tensors("alerts.nan/text")
+    assert text.step == 5
+    assert tensor_util.make_ndarray(text.tensor_proto).tolist() == ["fc is NaN ☹".encode()]
+    assert events.SummaryMetadata("alerts.nan/text").plugin_data.plugin_name == "text"
+    assert scalars(events, "alerts.nan") == [(5, 2.0)]
+    assert scalars(events, "alerts.nan/fc") == [(5, 1.0)]
+
+
+def test_wall_times_are_those_of_emission(tmp_path: Path) -> None:
+    sink = TensorBoard(tmp_path)
+    sink.open(RUN)
+    sink.received = [100.5, 200.5]
+    sink.write([norms(0, [1.0]), norms(1, [1.0])])
+    sink.close()
+    assert [event.wall_time for event in read(tmp_path).Scalars("norm/layer0")] == [100.5, 200.5]
+
+
+def test_events_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+    sink = TensorBoard(tmp_path)
+    sink.open(RUN)
+    sink.write([norms(0, [1.0])])
+    assert scalars(read(tmp_path), "norm/layer0") == [(0, 1.0)]
+    sink.write([norms(1, [2.0])])
+    assert scalars(read(tmp_path), "norm/layer0") == [(0, 1.0), (1, 2.0)]
+    sink.close()
+
+
+def test_a_resumed_run_hides_the_later_steps_of_an_earlier_attempt(tmp_path: Path) -> None:
+    written(tmp_path, *(norms(step, [1.0]) for step in range(10)))
+    # Event files are read in the order of their names, which count seconds.
+    (earlier,) = tmp_path.iterdir()
+    earlier.rename(tmp_path / "events.out.tfevents.0000000001.host")
+    events = written(tmp_path, norms(5, [2.0]), run=RunInfo(id="f00d", resumed_at=4))
+    assert scalars(events, "norm/layer0") == [*((step, 1.0) for step in range(5)), (5, 2.0)]
+
+
+def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = EventFile(tmp_path)
+    real = file._file
+
+    class Full:
+        def write(self, data: memoryview) -> int:
+            real.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    sink = TensorBoard(tmp_path)
+    sink._file = file
+    sink.write([norms(0, [1.0])])
+    monkeypatch.setattr(file, "_file", Full())
+    with pytest.raises(OSError, match="No space"):
+        sink.write([norms(1, [2.0])])
+    monkeypatch.setattr(file, "_file", real)
+    sink.write([norms(1, [2.0])])
+    sink.close()
+    assert scalars(read(tmp_path), "norm/layer0") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_folder_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    reports: list[str] = []
+    delivery = Delivery(lambda: RUN, lambda error, where: reports.append(f"{where}: {error}"))
+    sink = TensorBoard(tmp_path / "taken")
+    sink.retries = 0
+    delivery.connect(sink, "chain").on_next(norms(0, [1.0]))
+    assert not delivery.flush(5)
+    assert delivery.close(5)
+    (report,) = reports
+    assert report.startswith(
+        f"sink TensorBoard: TensorBoard cannot write to '{tmp_path / 'taken'}': File exists"
+    )
+
+
+def test_a_sink_subscribed_again_goes_on_in_a_new_file(tmp_path: Path) -> None:
+    sink = TensorBoard(tmp_path)
+    for step in range(2):
+        sink.open(RUN)
+        sink.write([norms(step, [float(step)])])
+        sink.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert scalars(read(tmp_path), "norm/layer0") == [(0, 0.0), (1, 1.0)]
+
+
+def test_without_its_package_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("tensorboard"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install streamlens\[tensorboard\]"):
+        TensorBoard("runs")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_flush_secs_is_checked(seconds: float) -> None:
+    with pytest.raises(ValueError, match="flush_secs"):
+        TensorBoard("runs", flush_secs=seconds)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 9, 1023, 1024, 1025, 1026, 1027, 1028, 3000])
+def test_the_checksum_is_crc32c(size: int) -> None:
+    data = os.urandom(size)
+    assert crc32c(data) == reference_crc32c(data)
+    assert crc32c(b"123456789") == 0xE3069283, "the check value of RFC 3720"
+    assert struct.pack("<I", crc32c(bytes(32))) == bytes.fromhex("aa36918a")
