@@ -293,7 +293,10 @@ class Run:
         return topics[topic]
 
     def _layouts_of(self, topic: int) -> dict[int, Layout]:
-        return {number: _layout(row) for number, *row in self._db.execute(_LAYOUTS, (topic,))}
+        return {
+            number: Layout.from_row(kind, untext(source), *rest)
+            for number, kind, source, *rest in self._db.execute(_LAYOUTS, (topic,))
+        }
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
@@ -307,7 +310,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except sqlite3.ProgrammingError:
         raise  # a closed run: no fault of the file's
-    except (sqlite3.Error, ValueError) as error:
+    except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
         raise explain(path, error) from error
 
 
@@ -340,14 +343,6 @@ def _pick(
     raise RunStoreError(
         f"no run {run!r} in {path}: pass an id or a position among its {len(records)} runs: {known}"
     )
-
-
-def _layout(row: Sequence[Any]) -> Layout:
-    kind, source, layers, components, stacked, tensors = row
-    try:
-        return Layout.from_row(kind, untext(source), layers, components, stacked, tensors)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(str(error)) from error
 
 
 def _checked(row: Sequence[Any], topic: str, layouts: Mapping[int, Layout]) -> StoredFrame:

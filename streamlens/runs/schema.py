@@ -30,6 +30,7 @@ from streamlens.errors import RunStoreError
 __all__ = [
     "APPLICATION_ID",
     "SCHEMA_VERSION",
+    "SQLITE_ERRORS",
     "explain",
     "open_for_reading",
     "open_for_writing",
@@ -90,6 +91,9 @@ _TABLES: Final = (
         PRIMARY KEY (topic, step, micro_step, sequence)
     ) WITHOUT ROWID""",
 )
+
+SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises, also where its message quotes a damaged file."""
 
 _log = logging.getLogger("streamlens")
 
@@ -153,10 +157,20 @@ def _check_header(path: Path) -> bool:
         return False
     if len(header) < 100 or not header.startswith(_MAGIC):
         raise RunStoreError(f"{path} is not a run store (it is no SQLite file): choose another path")
-    _check_version(
-        path, int.from_bytes(header[68:72], "big"), int.from_bytes(header[60:64], "big", signed=True)
-    )
+    version = int.from_bytes(header[60:64], "big", signed=True)
+    _check_version(path, int.from_bytes(header[68:72], "big"), version)
+    # SQLite takes what is missing of a last page for zeros. With a journal beside the file, an
+    # incomplete page is a crash that SQLite will mend.
+    page_size = int.from_bytes(header[16:18], "big")
+    if path.stat().st_size % (65536 if page_size == 1 else max(page_size, 1)) and not _journals(path):
+        raise explain(path, ValueError("the file has been cut off"))
     return True
+
+
+def _journals(path: Path) -> list[Path]:
+    """The files beside a store that a crash left and that complete it."""
+    beside = [Path(f"{path}-wal"), Path(f"{path}-journal")]
+    return [file for file in beside if file.exists() and file.stat().st_size]
 
 
 def _check_version(path: Path, application: int, version: int) -> None:
@@ -202,7 +216,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     except BaseException as error:
         if db is not None:
             db.close()
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, SQLITE_ERRORS):
             raise explain(path, error) from error
         raise
     return db
@@ -259,21 +273,19 @@ def open_for_reading(path: Path) -> tuple[sqlite3.Connection, tempfile.Temporary
     try:
         # Not mode=ro: a reader that may write cleans up the log's files when it is the last to close.
         return _open_checked(path, f"{path.as_uri()}?mode=rw"), None
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
         if code not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             raise explain(path, error) from error
     try:
-        journals = [
-            j for j in (Path(f"{path}-wal"), Path(f"{path}-journal")) if j.exists() and j.stat().st_size
-        ]
+        journals = _journals(path)
         if not journals:
             return _open_checked(path, f"{path.as_uri()}?mode=ro&immutable=1"), None
         copies = tempfile.TemporaryDirectory(prefix="streamlens-")
         for file in (path, *journals):
             shutil.copyfile(file, Path(copies.name) / file.name)
         return _open_checked(path, f"{(Path(copies.name) / path.name).as_uri()}?mode=rw"), copies
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         raise explain(path, error) from error
 
 

@@ -16,7 +16,7 @@ from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
 from streamlens.runs.codec import Spec, checksum, describe, dump_json, encode_values, specs_of
 from streamlens.runs.lock import WriterLock
-from streamlens.runs.schema import explain, open_for_writing, text
+from streamlens.runs.schema import SQLITE_ERRORS, explain, open_for_writing, text
 
 __all__ = ["RunWriter"]
 
@@ -120,7 +120,7 @@ class RunWriter:
             self._db.execute("COMMIT")
         except BaseException as error:
             self._roll_back()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, SQLITE_ERRORS):
                 raise explain(self._path, error) from error
             raise
         self._sequence = end
@@ -159,7 +159,7 @@ class RunWriter:
             self._db.execute("COMMIT")
         except BaseException as error:
             self._roll_back()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, SQLITE_ERRORS):
                 raise explain(self._path, error) from error
             raise
         if resumed_at is not None:
@@ -254,7 +254,7 @@ class RunWriter:
         try:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             _log.debug("rolling back in %s: %s", self._path, error)
 
     def _forget(self) -> None:
