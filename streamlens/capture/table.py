@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from streamlens.reductions import (
 __all__ = ["Needs", "Sizes", "Table"]
 
 OnError = Callable[[Hashable, Exception], None]
+Keys = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
@@ -49,40 +51,60 @@ class Needs:
 
 
 class Sizes:
-    """Elements of each layer's tensor; parameters share one, since their sizes stay."""
+    """Elements of each layer's tensor, and where layers lie; parameters share one, since theirs stay."""
 
-    __slots__ = ("_tensors", "by_key")
+    __slots__ = ("_counts", "_places", "by_key")
 
     def __init__(self) -> None:
         self.by_key: dict[Hashable, int] = {}
-        self._tensors: dict[tuple[Hashable, ...], Tensor] = {}
+        self._counts: dict[Keys, Tensor] = {}
+        self._places: dict[tuple[Keys, Keys], Tensor] = {}
 
-    def tensor(self, keys: tuple[Hashable, ...]) -> Tensor:
-        """The sizes of some layers as a vector."""
-        found = self._tensors.get(keys)
+    def counts(self, keys: Keys, like: Tensor) -> Tensor:
+        """The sizes of some layers as a vector, where `like` is."""
+        found = self._counts.get(keys)
         if found is None:
-            found = torch.tensor([self.by_key[k] for k in keys], dtype=torch.float64)
-            self._tensors[keys] = found
+            sizes = torch.tensor([float(self.by_key[k]) for k in keys], dtype=like.dtype)
+            found = self._counts[keys] = _beside(sizes, like)
         return found
+
+    def places(self, held: Keys, wanted: Keys, like: Tensor) -> Tensor:
+        """Where the wanted layers are among those held, as an index."""
+        found = self._places.get((held, wanted))
+        if found is None:
+            order = {key: i for i, key in enumerate(held)}
+            found = _beside(torch.tensor([order[k] for k in wanted], dtype=torch.long), like)
+            self._places[held, wanted] = found
+        return found
+
+
+def _beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor on the device of another one, without waiting for it."""
+    if not like.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(like.device, non_blocking=True)
+
+
+@dataclass(slots=True)
+class _Block:
+    """Statistics of some layers that were computed together: a vector each."""
+
+    keys: Keys
+    columns: Mapping[Statistic, Tensor]
 
 
 class Table:
     """Statistics by layer; finishing a reduction reads them, so that what is shared is computed once."""
 
-    __slots__ = ("_needs", "_results", "_rows", "_sizes", "_uniform", "_whole")
+    __slots__ = ("_blocks", "_results", "_rows", "_sizes")
 
     def __init__(self, sizes: Sizes | None = None) -> None:
-        self._rows: dict[Hashable, Sequence[float] | Sequence[Tensor]] = {}
-        self._needs: dict[Hashable, tuple[Statistic, ...]] = {}
-        self._uniform: tuple[Statistic, ...] | None = None
+        self._blocks: list[_Block] = []
+        self._rows: dict[tuple[Statistic, ...], dict[Hashable, Sequence[float] | Sequence[Tensor]]] = {}
+        self._results: dict[Reduction, dict[Hashable, Tensor]] = {}
         self._sizes = Sizes() if sizes is None else sizes
-        self._results: dict[tuple[Hashable, Reduction], Tensor] = {}
-        self._whole: dict[tuple[tuple[Hashable, ...], tuple[Statistic, ...]], Tensor] = {}
 
-    @property
-    def rows(self) -> Collection[Hashable]:
-        """The layers that have statistics."""
-        return self._rows.keys()
+    # -- entering ----------------------------------------------------------------------------
 
     def put(
         self,
@@ -92,13 +114,15 @@ class Table:
         size: int,
     ) -> None:
         """Enter the statistics of one layer."""
-        if not self._rows:
-            self._uniform = statistics
-        elif self._uniform is not statistics and self._uniform != statistics:
-            self._uniform = None
-        self._rows[key] = row
-        self._needs[key] = statistics
+        self._rows.setdefault(statistics, {})[key] = row
         self._sizes.by_key[key] = size
+
+    def put_block(
+        self, keys: Keys, values: Mapping[Statistic, Tensor], sizes: Mapping[Hashable, int]
+    ) -> None:
+        """Enter the statistics of layers that were computed together."""
+        self._blocks.append(_Block(keys, values))
+        self._sizes.by_key.update(sizes)
 
     def measure(self, key: Hashable, tensor: Tensor, needs: Needs, on_error: OnError) -> None:
         """Compute what is needed of one layer's tensor; a failure leaves that layer out."""
@@ -111,25 +135,20 @@ class Table:
                     table, _ = summarise([tensor], needs.statistics)
                     row = [table[s][0] for s in needs.statistics]
                 self.put(key, needs.statistics, row, real_size(tensor))
-            self.apply(key, tensor, needs.others, on_error)
         except Exception as error:
             on_error(key, error)
+        self.apply(key, tensor, needs.others, on_error)
 
-    def measure_many(
-        self, keys: Sequence[Hashable], tensors: Sequence[Tensor], needs: Needs, on_error: OnError
-    ) -> None:
-        """The same for many layers: on a device in one multi-tensor call, else one after the other."""
+    def measure_many(self, keys: Keys, tensors: Sequence[Tensor], needs: Needs, on_error: OnError) -> None:
+        """The same for many layers: on a device in multi-tensor calls, else one after the other."""
         if len(tensors) > 1 and needs.statistics and all(t.device.type != "cpu" for t in tensors):
             try:
                 table, _ = summarise(tensors, needs.statistics)
-            except Exception:  # one bad layer must not cost the others their values
-                pass
-            else:
-                split = [table[s].unbind() for s in needs.statistics]
-                for i, (key, tensor) in enumerate(zip(keys, tensors, strict=True)):
-                    self.put(key, needs.statistics, [column[i] for column in split], real_size(tensor))
-                    self.apply(key, tensor, needs.others, on_error)
-                return
+                self.put_block(keys, table, {k: real_size(t) for k, t in zip(keys, tensors, strict=True)})
+                needs = Needs((), needs.others)
+            except Exception:
+                # One bad layer must not cost the others their values: they are taken one by one below.
+                self._blocks = [block for block in self._blocks if block.keys is not keys]
         for key, tensor in zip(keys, tensors, strict=True):
             self.measure(key, tensor, needs, on_error)
 
@@ -140,43 +159,63 @@ class Table:
         for reduction in reductions:
             try:
                 with torch.no_grad():
-                    self._results[key, reduction] = reduction.reduce([tensor])[0].clone()
+                    result = reduction.reduce([tensor])[0].clone()
+                self._results.setdefault(reduction, {})[key] = result
             except Exception as error:
                 on_error(key, error)
 
-    def present(self, reduction: Reduction, keys: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-        """Those of the keys that have what a reduction needs."""
-        if reduction.needs():
-            rows = self._rows
-            return keys if all(k in rows for k in keys) else tuple(k for k in keys if k in rows)
-        results = self._results
-        if all((k, reduction) in results for k in keys):
-            return keys
-        return tuple(k for k in keys if (k, reduction) in results)
+    # -- reading -----------------------------------------------------------------------------
 
-    def finish(self, reduction: Reduction, keys: tuple[Hashable, ...]) -> Tensor:
-        """The values of a reduction for layers that are present, stacked."""
+    @property
+    def measured(self) -> set[Hashable]:
+        """The layers that have statistics."""
+        return {k for rows in self._rows.values() for k in rows} | {k for b in self._blocks for k in b.keys}
+
+    def present(self, reduction: Reduction, keys: Keys) -> Keys:
+        """Those of the keys that have what a reduction needs."""
         if not reduction.needs():
-            return torch.stack([self._results[k, reduction] for k in keys])
-        needs = self._needs[keys[0]]
-        counts = self._sizes.tensor(keys)
-        if isinstance(self._rows[keys[0]][0], Tensor):
-            table = {
-                s: torch.stack([self._rows[k][self._needs[k].index(s)] for k in keys])  # type: ignore[misc]
-                for s in reduction.needs()
-            }
-            home = next(iter(table.values()))
-            counts = counts.to(home.dtype)
-            if home.is_cuda:
-                counts = counts.pin_memory().to(home.device, non_blocking=True)
-            return reduction.finish(table, counts)
-        if self._uniform is not None:
-            # Several reductions of the same layers read one matrix.
-            whole = self._whole.get((keys, needs))
-            if whole is None:
-                whole = torch.tensor([self._rows[k] for k in keys], dtype=torch.float64)
-                self._whole[keys, needs] = whole
-            return reduction.finish({s: whole[:, needs.index(s)] for s in reduction.needs()}, counts)
+            results = self._results.get(reduction, {})
+            return keys if all(k in results for k in keys) else tuple(k for k in keys if k in results)
+        self._seal()
         wanted = reduction.needs()
-        rows = [[float(self._rows[k][self._needs[k].index(s)]) for s in wanted] for k in keys]
-        return reduction.finish(columns(rows, wanted), counts)
+        blocks = [b for b in self._blocks if all(s in b.columns for s in wanted)]
+        if len(blocks) == 1 and blocks[0].keys == keys:
+            return keys
+        held = {k for block in blocks for k in block.keys}
+        return keys if held.issuperset(keys) else tuple(k for k in keys if k in held)
+
+    def finish(self, reduction: Reduction, keys: Keys) -> Tensor:
+        """The values of a reduction for layers that are present, stacked."""
+        wanted = reduction.needs()
+        if not wanted:
+            results = self._results[reduction]
+            return torch.stack([results[k] for k in keys])
+        self._seal()
+        blocks = [b for b in self._blocks if all(s in b.columns for s in wanted)]
+        found: Mapping[Statistic, Tensor]
+        if len(blocks) == 1:
+            held, found = blocks[0].keys, blocks[0].columns
+        else:
+            held = tuple(k for block in blocks for k in block.keys)
+            found = {s: torch.cat([block.columns[s] for block in blocks]) for s in wanted}
+        first = found[wanted[0]]
+        if held != keys:
+            places = self._sizes.places(held, keys, first)
+            found = {s: found[s].index_select(0, places) for s in wanted}
+        return reduction.finish(found, self._sizes.counts(keys, first))
+
+    def _seal(self) -> None:
+        """Turn rows that were entered one by one into blocks."""
+        if not self._rows:
+            return
+        rows, self._rows = self._rows, {}
+        for statistics, by_key in rows.items():
+            values = list(by_key.values())
+            if isinstance(values[0][0], Tensor):
+                tensors = cast("list[Sequence[Tensor]]", values)
+                found: Mapping[Statistic, Tensor] = {
+                    s: torch.stack([row[i] for row in tensors]) for i, s in enumerate(statistics)
+                }
+            else:
+                found = columns(cast("list[Sequence[float]]", values), statistics)
+            self._blocks.append(_Block(tuple(by_key), found))

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from streamlens.capture.optimizers import OptimizerInfo
-from streamlens.capture.parameters import CallPlan, Output, ParameterCapture
+from streamlens.capture.parameters import ParameterCapture
+from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
 from streamlens.frame import Frame, Kind, Lease
 from streamlens.runtime import Mark, MarkKind
