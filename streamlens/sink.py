@@ -6,6 +6,8 @@ the transfer to the host, retries and the thread it runs on are given.
 
 from __future__ import annotations
 
+import atexit
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -155,6 +157,16 @@ class Sink(ObserverBase[Frame], ABC):
 
             proxy = self.__dict__["_plain"] = default_delivery().connect(self, "an Observable")
         return proxy
+
+
+@atexit.register
+def _finish_workers() -> None:
+    # Exit handlers run in reverse order. This one is registered here, and not by the delivery that
+    # is imported with the first subscription, so that sources which close at exit come before it:
+    # their last frames are still written.
+    process = sys.modules.get("streamlens.delivery.process")
+    if process is not None:
+        process.finish_at_exit()
 
 
 def value_kinds(frame: Frame) -> tuple[ValueKind, ...]:

@@ -211,14 +211,20 @@ class Discard(Sink):
         pass
 
 
-def test_a_program_that_ends_with_an_exception_has_written_everything(tmp_path: Path) -> None:
+def test_a_program_that_fails_has_written_everything_also_what_exit_handlers_emit(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
+        import atexit
         import sys
         import torch
-        from streamlens.delivery import Delivery
         from streamlens.frame import Frame
         from streamlens.sink import RunInfo, Sink
+
+        @atexit.register
+        def emit_the_last():
+            emit(3)
+
+        from streamlens.delivery import Delivery
 
         class File(Sink):
             max_latency = 60.0
@@ -231,8 +237,10 @@ def test_a_program_that_ends_with_an_exception_has_written_everything(tmp_path: 
 
         delivery = Delivery(lambda: RunInfo("id"), lambda error, where: None)
         proxy = delivery.connect(File(), "chain")
-        for step in range(3):
+        def emit(step):
             proxy.on_next(Frame("loss", step, ("",), torch.zeros(1)))
+        for step in range(3):
+            emit(step)
         raise ValueError("training failed")
         """
     )
@@ -241,4 +249,4 @@ def test_a_program_that_ends_with_an_exception_has_written_everything(tmp_path: 
         [sys.executable, "-c", program, str(path)], check=False, capture_output=True, text=True, timeout=60
     )
     assert "training failed" in done.stderr
-    assert path.read_text().split() == ["0", "1", "2", "closed"]
+    assert path.read_text().split() == ["0", "1", "2", "3", "closed"]

@@ -84,4 +84,4 @@ def test_every_sink_is_found_by_its_name() -> None:
 
 def test_an_unknown_sink_names_the_near_ones() -> None:
     with pytest.raises(AttributeError, match="did you mean 'TensorBoard'"):
-        _ = sinks.Tensorboard  # type: ignore[attr-defined]
+        _ = sinks.Tensorboard

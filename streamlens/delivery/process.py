@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import threading
@@ -10,7 +9,7 @@ import time
 from types import FrameType
 from typing import Final, Protocol
 
-__all__ = ["current_generation", "restore_sigterm", "worker_ended", "worker_started"]
+__all__ = ["current_generation", "finish_at_exit", "restore_sigterm", "worker_ended", "worker_started"]
 
 _EXIT_TIMEOUT: Final = 10.0
 """Seconds that sinks get at exit to write what is queued."""
@@ -88,7 +87,8 @@ def _finish_all(timeout: float) -> None:
         worker.finish(deadline)
 
 
-def _at_exit() -> None:
+def finish_at_exit() -> None:
+    """Have every sink write what is queued and close; `streamlens.sink` registers this."""
     _finish_all(_EXIT_TIMEOUT)
     restore_sigterm()
 
@@ -111,6 +111,5 @@ def _in_child() -> None:
     _state = _State()
 
 
-atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)

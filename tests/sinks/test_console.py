@@ -244,8 +244,9 @@ def test_numbers_are_compact(value: float, text: str) -> None:
 
 @pytest.mark.parametrize("argument", ["total", "max_rows", "every"])
 def test_numbers_below_one_are_refused(argument: str) -> None:
+    arguments: dict[str, Any] = {argument: 0}
     with pytest.raises(ValueError, match=rf"Console\({argument}=\)"):
-        Console(**{argument: 0})
+        Console(**arguments)
 
 
 def test_without_rich_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

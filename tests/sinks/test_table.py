@@ -133,7 +133,7 @@ def test_a_matrix_averages_micro_steps_and_leaves_gaps(feed: Feed) -> None:
 
 def test_a_matrix_of_components_has_both_in_its_columns(feed: Feed) -> None:
     feed.push(Frame("loss", 0, ("",), torch.tensor([[3.0, 4.0]]), components=("b", "a")))
-    assert feed.table["loss"].columns.tolist() == [("", "b"), ("", "a")]
+    assert feed.table["loss"].columns.equals(pd.MultiIndex.from_tuples([("", "b"), ("", "a")]))
     assert feed.table["loss"]["", "a"].tolist() == [4.0]
 
 
