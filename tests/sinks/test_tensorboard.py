@@ -196,9 +196,11 @@ def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytes
     sink = TensorBoard(tmp_path)
     sink._file = file
     sink.write([norms(0, [1.0])])
+    size = file.path.stat().st_size
     monkeypatch.setattr(file, "_file", Full())
     with pytest.raises(OSError, match="No space"):
         sink.write([norms(1, [2.0])])
+    assert file.path.stat().st_size == size
     monkeypatch.setattr(file, "_file", real)
     sink.write([norms(1, [2.0])])
     sink.close()
