@@ -133,8 +133,8 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, weight_decay=0.01),
-    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01),
     "nesterov": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True),
     "adam": lambda ps: torch.optim.Adam(ps, lr=0.01),
     "adam, fused": lambda ps: torch.optim.Adam(ps, lr=0.01, fused=True),
