@@ -7,7 +7,7 @@ state; both keep failures to the frame that caused them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from reactivex import Observable, abc
@@ -59,8 +59,9 @@ def forward(observer: abc.ObserverBase[Frame], emitted: Emitted) -> None:
     """Hand on what a node gave."""
     if emitted is None:
         return
-    if isinstance(emitted, Frame):
-        observer.on_next(emitted)
+    if isinstance(emitted, Frame | Mapping):
+        # A join's result, a mapping from topic to frame, is one item as a frame is.
+        observer.on_next(cast("Frame", emitted))
         return
     for frame in emitted:
         observer.on_next(frame)

@@ -208,10 +208,17 @@ class Join(OperatorNode):
             if entry.runtime is runtime and entry.closes is mark.kind:
                 self._pass(i, mark.step + 1 - self._lateness)
 
-    def on_input_completed(self, i: int) -> bool:
-        """An input has ended; gives whether nothing can follow any more."""
+    def on_input_completed(self, i: int) -> None:
+        """An input has ended."""
         self._pass(i, math.inf)
-        return not any(slot.held[i] for slot in self._pending.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow: an input has ended, and nothing of it waits."""
+        if self._high < math.inf:
+            return False
+        over = [i for i, passed in enumerate(self._passed) if passed == math.inf]
+        return any(not any(slot.held[i] for slot in self._pending.values()) for i in over)
 
     def state_dict(self) -> dict[str, Any]:
         """Watermarks and what is waiting."""

@@ -48,7 +48,7 @@ class Wiring:
     """The inputs of a join, made ready for it."""
 
     def __init__(self, source: Observable[Frame], sources: Sequence[JoinSource]) -> None:
-        own_streams = all(isinstance(s, Observable) for s in sources)
+        self.own_streams = own_streams = all(isinstance(s, Observable) for s in sources)
         self.front = source if isinstance(source, Lens) or own_streams else checked_source(source)
         self.shared = None if isinstance(self.front, Lens) or own_streams else as_stream(self.front)
         base = self.front if self.shared is None else _stand_in(self.shared)
@@ -85,14 +85,17 @@ class Wiring:
     def result(self, subscribe: abc.Subscription[Frame], plan: str) -> Stream:
         """The join's stream: of the lens that its inputs come from, and of their windows."""
         first = next((s for s in self.inputs if s.lens is not None), self.inputs[0])
-        front = as_stream(self.front)
-        base = front if front.lens is not None or first.lens is None else first.lens
+        plan_in_front: tuple[str, ...] = ()
+        if not self.own_streams:
+            front = as_stream(self.front)
+            plan_in_front = front.plan
+            first = front if front.lens is not None else first
         kind = Kind.MICRO_STEP if {s.kind for s in self.inputs} == {Kind.MICRO_STEP} else first.kind
         stream = Stream(
             subscribe,
-            plan=(*base.plan, plan),
-            runtime=base.runtime,
-            lens=base.lens,
+            plan=(*plan_in_front, plan),
+            runtime=first.runtime,
+            lens=first.lens,
             kind=kind,
             foreign=any(s.foreign for s in self.inputs),
         )
@@ -158,12 +161,15 @@ def _subscribe(
                 return
             if result is not None:
                 observer.on_next(result)
+            if join.ended:
+                observer.on_completed()
 
         return on_next
 
     def complete(i: int) -> Callable[[], None]:
         def on_completed() -> None:
-            if join.on_input_completed(i):
+            join.on_input_completed(i)
+            if join.ended:
                 observer.on_completed()
 
         return on_completed
