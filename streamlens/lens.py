@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from streamlens.capture.clock import Clock
 from streamlens.capture.engine import Engine
+from streamlens.capture.orphans import close_orphans
 from streamlens.capture.root import engine_of
 from streamlens.capture.view import View
 from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError, did_you_mean
@@ -110,6 +111,7 @@ def observe(
         raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
+    close_orphans()
     cell = current_cell()
     engine = engine_of(model)
     if engine is not None:
@@ -167,6 +169,7 @@ def _close_rerun_cell(engine: Engine, cell: CellKey | None) -> None:
 
 @atexit.register
 def _close_all() -> None:
+    close_orphans()
     for engine in list(_engines):
         with contextlib.suppress(Exception):
             engine.shut_down(timeout=10.0)

@@ -276,7 +276,7 @@ def _extreme(fn: Callable[[Tensor], Tensor], pick: Callable[..., float]) -> Call
 
 
 def _absmax(piece: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_widen(piece), math.inf)
+    return _widen(piece).abs().max()
 
 
 def _size(pieces: Sequence[Tensor], _: Statistic) -> float:

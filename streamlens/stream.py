@@ -74,7 +74,7 @@ class Stream(Observable[Frame]):
 
     def _wrap(self, foreign: Observable[Any], name: str) -> Stream:
         return Stream(
-            lambda observer, scheduler=None: foreign.subscribe(observer, scheduler=scheduler),
+            _subscribing(foreign),
             plan=(*self.plan, f"<{name}>"),
             runtime=self.runtime,
             lens=self.lens,
@@ -271,6 +271,17 @@ class _Terminal:
             self.chain.disposable.dispose()
 
 
+def _subscribing(source: Observable[Any]) -> abc.Subscription[Frame]:
+    """A subscription function that subscribes to another Observable."""
+
+    def subscribe(
+        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        return source.subscribe(observer, scheduler=scheduler)
+
+    return subscribe
+
+
 def as_stream(source: Observable[Frame]) -> Stream:
     """The source itself if it is a Stream, else a Stream around it."""
     if isinstance(source, Stream):
@@ -281,7 +292,7 @@ def as_stream(source: Observable[Frame]) -> Stream:
             "write source.pipe(operator(...))"
         )
     return Stream(
-        lambda observer, scheduler=None: source.subscribe(observer, scheduler=scheduler),
+        _subscribing(source),
         plan=(type(source).__name__,),
         runtime=default_runtime(),
     )

@@ -27,6 +27,7 @@ from streamlens.capture.hooks import first_tensor, tensors_in
 from streamlens.capture.losses import LossCapture, loss_of_output
 from streamlens.capture.model import ModelIndex
 from streamlens.capture.optimizers import step_watch
+from streamlens.capture.orphans import bury, close_orphans
 from streamlens.capture.root import RootHooks
 from streamlens.capture.updates import UpdateCapture
 from streamlens.capture.view import Demand, View
@@ -84,6 +85,7 @@ class Engine(Runtime):
         self.idle = True
         self.in_epochs = 0
         self.in_forward = False
+        self.outside: str | None = None
         self.paused = 0
         self._suppressed = 0
         self._last_counted = False
@@ -317,12 +319,15 @@ class Engine(Runtime):
             return False
         if not torch.is_grad_enabled():
             return False
-        self._grad_forward_seen = True
+        if not module.training:
+            self._grad_forward_seen = True
         return module.training or self.count == "grad"
 
     def forward_begins(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> None:
         """The model (or, where it is never called, a part) is called."""
         if not self.counts_forward(module):
+            # Its parts do not count either, though some may be in training mode.
+            self.outside = name
             if not self.silent:
                 self._last_counted = False
             return
@@ -337,6 +342,10 @@ class Engine(Runtime):
             return
         if self.index.uninitialized or (clock.passes & 63 == 0 and self.index.stale()):
             self.rebuild_index()
+        if self.forward.in_backward:
+            # Within a backward no forward counts: that one raised, and its pass is over.
+            self.forward.in_backward = False
+            clock.end_pass()
         fresh = clock.begin_pass()
         self._last_counted = True
         self.in_forward = True
@@ -404,6 +413,7 @@ class Engine(Runtime):
         """The first hook of a backward through the open pass has fired, perhaps on another thread."""
         if self.forward.in_backward or (passes is not None and passes != self.clock.passes):
             return
+        self.forward.drop_provisional()
         self.forward.in_backward = after_backward(lambda: self.guard(self.backward_ends))
 
     def backward_ends(self) -> None:
@@ -431,11 +441,14 @@ class Engine(Runtime):
             if "activations" in self._wanted:
                 self.forward.send("activations")
             self.losses.send()
+            if self.forward.provisional and not self.forward.in_backward:
+                self.forward.send("layer_gradients")
 
     # -- the step ----------------------------------------------------------------------------
 
     def close_step(self) -> None:
         """Nothing more of the open step will come."""
+        close_orphans()
         if self.idle:
             self.updates.release()
             self.clock.close_step()
@@ -549,9 +562,8 @@ class Engine(Runtime):
 
     def __del__(self) -> None:
         # The model went together with its hooks, and they with us: nothing must stay unwritten.
-        with contextlib.suppress(Exception):
-            self.shut_down(timeout=5.0)
-            step_watch().tidy()
+        if not getattr(self, "closed", True):
+            bury(self)
 
     def _tidy(self) -> None:
         self.demands.clear()
@@ -576,11 +588,13 @@ class _BackwardHook:
         self.passes = passes
 
     def __call__(self, gradient: Tensor) -> None:
-        if not self.engine.closed:
+        # A gradient with a graph of its own (`create_graph=True`: a gradient penalty, a differential
+        # equation) is on the way to the loss, and ends nothing.
+        if not self.engine.closed and not torch.is_grad_enabled():
             self.engine.guard(self.engine.backward_begins, self.passes)
 
 
 def _close_if_alive(reference: weakref.ref[Engine]) -> None:
     engine = reference()
     if engine is not None:
-        engine.shut_down(timeout=5.0)
+        bury(engine)

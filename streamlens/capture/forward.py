@@ -77,6 +77,8 @@ class ForwardCapture:
         self._repeated: dict[str, int] = {}
         self._batch_calls: dict[str, int] = {}
         self.plan: PassPlan | None = None
+        self.provisional: set[str] = set()
+        """Layers whose gradient has a graph of its own: the loss's own, or on the way to the loss."""
         self.opener: str | None = None
         self.in_backward = False
 
@@ -91,6 +93,7 @@ class ForwardCapture:
         self._sides = {side: _Side() for side in _SIDES}
         self._repeated = {}
         self._batch_calls = {}
+        self.provisional.clear()
         self.in_backward = False
         self._unhook_leaves()
         key = tuple(map(id, due))
@@ -159,7 +162,9 @@ class ForwardCapture:
         self._handles = {}
         for name, module in index.modules.items():
             if name in taps:
-                self._handles[name] = [module.register_forward_hook(_ModuleHook(self._engine, name))]
+                # The model's own comes before the hook that ends the forward.
+                tap = module.register_forward_hook(_ModuleHook(self._engine, name), prepend=not name)
+                self._handles[name] = [tap]
             if parts and name:
                 self._handles.setdefault(name, []).extend(self._part_hooks(name, module))
         for handle in self._parameter_handles:
@@ -241,11 +246,14 @@ class ForwardCapture:
         plan = self.plan
         if plan is None or passes != self._engine.clock.passes:
             return
-        self._engine.backward_begins()
         side = self._sides["layer_gradients"]
-        if key in side.calls:
-            self._engine.counts["repeated_backward"] += 1
-            return
+        if torch.is_grad_enabled():
+            self.provisional.add(key)
+        else:
+            self._engine.backward_begins()
+            if key in side.calls:
+                self._engine.counts["repeated_backward"] += 1
+                return
         side.calls[key] = name
         need = plan.needs["layer_gradients"].get(name)
         value = gradient.detach()
@@ -253,6 +261,15 @@ class ForwardCapture:
             side.table.measure(key, value, need, self._layer_error)
         if name in plan.raw["layer_gradients"]:
             side.raw[key] = (value, -1)
+
+    def drop_provisional(self) -> None:
+        """Forget gradients of `create_graph=True`: the backward of the loss has begun."""
+        side = self._sides.get("layer_gradients")
+        for key in self.provisional:
+            if side is not None and key not in side.sent:
+                side.calls.pop(key, None)
+                side.raw.pop(key, None)
+        self.provisional.clear()
 
     def send(self, topic: str) -> None:
         """Emit what a pass has gathered of a topic and not yet sent."""
@@ -418,7 +435,7 @@ class _PartBegins(Hook):
         self.name = name
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.engine.in_forward:
+        if not self.engine.in_forward and self.engine.outside is None:
             self.engine.guard(self.engine.forward_begins, module, self.name, args, kwargs)
 
 
@@ -432,7 +449,9 @@ class _PartEnds(Hook):
         self.name = name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.engine.forward.opener == self.name and self.engine.in_forward:
+        if self.engine.outside == self.name:
+            self.engine.outside = None
+        elif self.engine.forward.opener == self.name and self.engine.in_forward:
             self.engine.guard(self.engine.forward_ends, output)
 
 

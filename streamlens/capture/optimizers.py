@@ -67,7 +67,7 @@ class StepWatch:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
         self._local = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def add(self, listener: StepListener) -> None:
         """Serve one more engine; the hooks are installed with the first."""

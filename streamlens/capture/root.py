@@ -66,5 +66,7 @@ class _RootEnds(Hook):
         self.engine = engine
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.engine.in_forward and self.engine.forward.opener == "":
+        if self.engine.outside == "":
+            self.engine.outside = None
+        elif self.engine.in_forward and self.engine.forward.opener == "":
             self.engine.guard(self.engine.forward_ends, output, kwargs)

@@ -289,11 +289,7 @@ class UpdateCapture:
             engine.update_without_forward()
         clock.updated = True
         self._stepped.append(info)
-        now = time.perf_counter()
-        elapsed, self._last_update = (
-            (None if self._last_update is None else now - self._last_update),
-            now,
-        )
+        elapsed = self._time_of_step() if len(self._stepped) == 1 else None
         keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
             self._parameters.invalidate(info.entries)
@@ -353,9 +349,15 @@ class UpdateCapture:
         if whole:
             self._parameters.renew(plan.entries.get(Facet.UPDATE, ()), keep_next=keep_next)
 
+    def _time_of_step(self) -> float | None:
+        """Seconds since the step before had its (first) update."""
+        now = time.perf_counter()
+        last, self._last_update = self._last_update, now
+        return None if last is None else now - last
+
     def _emit_times(self, elapsed: float | None, ended: int | None) -> None:
         engine = self._engine
-        if elapsed and len(self._stepped) == 1 and engine.wanted(("step_time", "examples_per_second")):
+        if elapsed and engine.wanted(("step_time", "examples_per_second")):
             engine.emit("step_time", _MODEL, torch.tensor([elapsed]), Kind.STEP)
             if self._examples:
                 engine.emit(
