@@ -90,7 +90,8 @@ class Wiring:
             front = as_stream(self.front)
             plan_in_front = front.plan
             first = front if front.lens is not None else first
-        kind = Kind.MICRO_STEP if {s.kind for s in self.inputs} == {Kind.MICRO_STEP} else first.kind
+        kinds = {stream.kind for stream in self.inputs}
+        kind = Kind.STEP if Kind.STEP in kinds else self.inputs[0].kind
         stream = Stream(
             subscribe,
             plan=(*plan_in_front, plan),
