@@ -10,10 +10,11 @@ A run store is one SQLite file. All runs of the file share these tables:
   a layer;
 - `frames`: one row a frame, clustered by (topic, step, micro_step, sequence), so that one topic
   is read over all its steps without touching another. `sequence` counts the frames of a run in
-  the order in which they were stored. `data` is the raw little-endian bytes of all values, `checksum` the
-  CRC-32 of the row.
+  the order in which they were stored. `data` is the raw little-endian bytes of all values,
+  `checksum` the CRC-32 of the row.
 
-Topics and layouts never get the number of one that was dropped: a reader may still know it.
+`sequence` is never given twice, also where a resumed run drops frames: a key that a reader took
+earlier leads to the frame that had it, or to none.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _TABLES: Final = (
         next_sequence INTEGER NOT NULL DEFAULT 0
     )""",
     """CREATE TABLE topics (
-        topic INTEGER PRIMARY KEY AUTOINCREMENT,
+        topic INTEGER PRIMARY KEY,
         run INTEGER NOT NULL REFERENCES runs,
         name TEXT NOT NULL,
         UNIQUE (run, name)
@@ -67,7 +68,7 @@ _TABLES: Final = (
         names TEXT NOT NULL UNIQUE
     )""",
     """CREATE TABLE layouts (
-        layout INTEGER PRIMARY KEY AUTOINCREMENT,
+        layout INTEGER PRIMARY KEY,
         topic INTEGER NOT NULL REFERENCES topics,
         kind TEXT NOT NULL,
         source TEXT NOT NULL,

@@ -92,7 +92,7 @@ def tidy(
     }
     if components:
         columns["component"] = pd.Categorical.from_codes(component, categories=_categories(components))
-    columns["value"] = value if value.flags.writeable else value.copy()
+    columns["value"] = value
     columns["wall_time"] = np.array(times, np.float64)[frame]
     for key, entries in _meta_columns(metas).items():
         columns[f"meta.{key}" if key in _COLUMNS else key] = pd.Series(entries).take(frame).array

@@ -110,6 +110,8 @@ def test_more_layouts_than_are_remembered_are_still_told_apart(
     with RunWriter(tmp_path / "run.db", "a") as writer:
         for start in range(0, len(sent), 4):
             writer.write(sent[start : start + 4])
+            assert len(writer._layouts) <= 3
+            assert len(writer._name_lists) <= 3
     with read_run(tmp_path / "run.db") as run:
         assert list(map(content, run.frames())) == list(map(content, sent))
 

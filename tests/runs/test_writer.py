@@ -131,6 +131,14 @@ def test_a_run_says_what_it_is(path: Path) -> None:
     assert "closed" in repr(run)
 
 
+def test_a_reader_cannot_change_the_file(path: Path) -> None:
+    with RunWriter(path, "a") as store:
+        store.write(loss(0))
+    with read_run(path) as run, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        run._db.execute("DELETE FROM frames")
+    assert steps(path) == [0]
+
+
 def test_a_file_without_a_run_says_so(path: Path) -> None:
     schema.open_for_writing(path).close()
     assert list_runs(path) == []
@@ -194,6 +202,25 @@ def test_a_failed_opening_gives_the_lock_up(path: Path) -> None:
             RunWriter(path, "a")
     path.unlink()
     RunWriter(path, "a").close()
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removed_does_not_count(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = lock._lock, 0
+
+    def late(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # between our opening the file and locking it
+            Path(f"{path}-lock").unlink()
+        real(descriptor)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    held = WriterLock(path)
+    with pytest.raises(RunStoreError, match="already being written"):
+        WriterLock(path)
+    held.release()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
