@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +61,7 @@ class UpdateCapture:
         self._engine = engine
         self._infos: weakref.WeakKeyDictionary[Optimizer, OptimizerInfo] = weakref.WeakKeyDictionary()
         self._serials = 0
-        self._parameters = ParameterCapture(lambda where, error: engine.report(error, where))
+        self._parameters = ParameterCapture(self._failed)
         self._expected: weakref.WeakSet[Optimizer] | None = None
         if expected is not None:
             self.expect(expected)
@@ -73,6 +73,13 @@ class UpdateCapture:
         self._examples = 0
         self._last_update: float | None = None
         self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def _failed(self, where: Hashable, error: Exception) -> None:
+        """Report what failed; a parameter given by its place in the model is named."""
+        entries = self._engine.index.entries
+        if isinstance(where, int) and where < len(entries):
+            where = f"parameter {entries[where].name!r}"
+        self._engine.report(error, str(where))
 
     # -- whose -------------------------------------------------------------------------------
 
@@ -142,9 +149,9 @@ class UpdateCapture:
 
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
-        if not self._engine.clock.counted or self._engine.clock.micro_step == 0:
+        if self._engine.clock.micro_step == 0:
             self._examples = 0
-        if not self.optimizers and self._updates_due(self._engine.clock.step):
+        if not self._infos and self._updates_due(self._engine.clock.step):
             self._parameters.keep(self._engine.index.entries)
 
     def count_examples(self, data: Tensor) -> None:
@@ -285,7 +292,7 @@ class UpdateCapture:
             engine.flush_pass()
         ended = clock.batch if clock.in_pass else None
         clock.end_pass()
-        if optimizer is not None and not clock.counted:
+        if optimizer is not None and not clock.counted and not engine.silent:
             engine.update_without_forward()
         clock.updated = True
         self._stepped.append(info)
@@ -326,7 +333,7 @@ class UpdateCapture:
         sources += [(o, *gradients) for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is not None]
         sources += [(o, values, current) for o in plan.outputs.get(Facet.VALUE, ())]
         sources += [(o, updates, whole) for o in plan.outputs.get(Facet.UPDATE, ())]
-        if optimizer is not None:
+        if optimizer is not None and Facet.STATE in plan.outputs:
             states = self._parameters.states(plan, optimizer)
             sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
         for output, table, tensors in sources:
@@ -336,15 +343,13 @@ class UpdateCapture:
                     if frame is not None:
                         frames.append(frame)
             else:
-                keys = table.present(output.reduction, output.orders)
-                if keys:
-                    self._part(output, keys, table.finish(output.reduction, keys), call, frames)
+                found = table.finish(output.reduction, output.orders)
+                if found is not None:
+                    self._part(output, *found, call, frames)
         for output, rates in call.rates:
             self._part(output, output.orders, rates, call, frames)
-        engine.post_mark(
-            Mark(MarkKind.UPDATE, engine.clock.step, engine.clock.epoch, engine.clock.micro_step)
-        )
-        engine.post_frames(frames, lease)
+        clock = engine.clock
+        engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         self._emit_times(elapsed, ended)
         if whole:
             self._parameters.renew(plan.entries.get(Facet.UPDATE, ()), keep_next=keep_next)
@@ -393,10 +398,10 @@ class UpdateCapture:
         if keys != output.orders:
             place = dict(zip(output.orders, output.keys, strict=True))
             layers = self._interned(tuple(place[k] for k in keys))
-        part = _Part(output, keys, layers, values)
         if not self._held and not call.waits:
-            frames.append((output.demands, self._merge([part])))
+            frames.append((output.demands, self._reduced(output, layers, values)))
             return
+        part = _Part(output, keys, layers, values)
         held = self._held.setdefault(output.group, [])
         held.append(part)
         if not call.waits:
@@ -422,7 +427,9 @@ class UpdateCapture:
             if order != list(range(len(order))):
                 values = torch.stack([values[i] for i in order])
             layers = self._interned(tuple(entries[i][1] for i in order))
-        output = first.output
+        return self._reduced(first.output, layers, values)
+
+    def _reduced(self, output: Output, layers: tuple[str, ...], values: Tensor) -> Frame:
         name = output.spec.name + (f".{output.reduction.name}" if output.reduction is not None else "")
         components = output.reduction.components if output.reduction is not None else ()
         return self._engine.frame(name, layers, values, components=components)
