@@ -9,10 +9,11 @@ measured there (`forward.py`, `updates.py`, `losses.py`) and posted as a burst, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ from streamlens.topics import TOPICS, Phase, TopicSpec, topic_spec, unknown_topi
 __all__ = ["Engine", "disabled"]
 
 _MODEL = ("",)
+
+_PASS_TOPICS = frozenset(spec.name for spec in TOPICS.values() if spec.kind is Kind.MICRO_STEP)
+"""What is taken in forward and backward."""
+
+_MOST_OUTPUTS = 16
+"""Tensors of a model's output that are watched for a backward."""
 
 
 def disabled() -> bool:
@@ -96,6 +103,8 @@ class Engine(Runtime):
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
         self._wanted: frozenset[str] = frozenset()
+        self._watches_passes = False
+        self._watches_input = False
         self._pid = os.getpid()
         self.forward = ForwardCapture(self)
         self.losses = LossCapture(self)
@@ -213,6 +222,8 @@ class Engine(Runtime):
     def _demands_changed(self) -> None:
         self.idle = not self.demands
         self._wanted = frozenset(t for d in self.demands for t in d.view.topics)
+        self._watches_passes = self.wanted(_PASS_TOPICS)
+        self._watches_input = self.wanted(("input_data", "examples_per_second"))
         self._due_step = -1
         self.forward.reset()
         self.updates.reset()
@@ -264,15 +275,28 @@ class Engine(Runtime):
         )
 
     def post_frames(
-        self, frames: Sequence[tuple[Sequence[Demand], Frame]], lease: Lease | None = None
+        self,
+        frames: Sequence[tuple[Sequence[Demand], Frame]],
+        lease: Lease | None = None,
+        mark: Mark | None = None,
     ) -> None:
-        """Deliver a burst of frames; raw ones are valid until it is over."""
+        """Deliver a burst of frames; raw ones are valid until it is over.
+
+        Args:
+            frames: Each with the demands that it answers.
+            lease: Under which the raw ones are lent.
+            mark: What is announced before them.
+        """
         if not frames:
             if lease is not None:
                 lease.end()
+            if mark is not None:
+                self.post_mark(mark)
             return
 
         def burst() -> None:
+            if mark is not None:
+                self.mark(mark)
             if lease is not None:
                 self.lend(lease)
             for demands, frame in frames:
@@ -294,7 +318,7 @@ class Engine(Runtime):
             if demand.chain is not None:
                 demand.chain.seconds += time.perf_counter() - start
 
-    def wanted(self, topics: tuple[str, ...]) -> bool:
+    def wanted(self, topics: Iterable[str]) -> bool:
         """Whether anybody has selected one of these topics."""
         return not self._wanted.isdisjoint(topics)
 
@@ -351,14 +375,13 @@ class Engine(Runtime):
         self.in_forward = True
         self.forward.opener = name
         if fresh:
-            due = self.due_now
-            self.forward.begin_pass(due)
-            self.losses.begin_pass()
+            if self._watches_passes:
+                self.forward.begin_pass(self.due_now)
+                self.losses.begin_pass()
             self.updates.pass_begins()
-            if due:
-                self.emit_index("batch_started", clock.batch)
+            self.emit_index("batch_started", clock.batch)
         # Of parts called one after the other, the first has the batch.
-        if self.due_now and (fresh or not name):
+        if self._watches_input and self.due_now and (fresh or not name):
             data = first_tensor(args) if args else None
             data = data if data is not None else first_tensor(kwargs)
             if data is not None:
@@ -372,12 +395,13 @@ class Engine(Runtime):
         self.forward.opener = None
         if output is None or self.idle or self.silent:
             return
-        for i, tensor in enumerate(tensors_in(output)):
-            if i >= 16:
-                break
-            self.watch_backward(tensor)
+        if isinstance(output, Tensor):
+            self.watch_backward(output)
+        else:
+            for tensor in itertools.islice(tensors_in(output), _MOST_OUTPUTS):
+                self.watch_backward(tensor)
         due = self.due_now
-        if not due:
+        if not due or not self._watches_passes:
             return
         result = first_tensor(output)
         if result is not None and rooted:
@@ -429,11 +453,12 @@ class Engine(Runtime):
         if self.clock.in_pass:
             batch = self.clock.batch
             self.clock.end_pass()
-            if self.due_now:
-                self.emit_index("batch_finished", batch)
+            self.emit_index("batch_finished", batch)
 
     def flush_pass(self) -> None:
         """Emit what the forward phase of the open pass has left: late activations and the loss."""
+        if not self._watches_passes:
+            return
         late, self._late_output = self._late_output, None
         if self.due_now:
             if late is not None:
@@ -575,6 +600,8 @@ class Engine(Runtime):
         # the model stay too, so that its next forward comes back here.
         if step_watch().discard(self.updates):
             self._root.remove()
+        # A lens that is kept keeps no parameters.
+        self.index = ModelIndex(nn.Module())
         self._finalizer.detach()
 
 
@@ -587,7 +614,7 @@ class _BackwardHook:
         self.engine = engine
         self.passes = passes
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         # A gradient with a graph of its own (`create_graph=True`: a gradient penalty, a differential
         # equation) is on the way to the loss, and ends nothing.
         if not self.engine.closed and not torch.is_grad_enabled():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -57,7 +58,7 @@ class ParameterEntry:
         layer: The name of the module that owns it (`features.0`).
         role: Its name in that module (`weight`).
         parameter: The parameter.
-        owner: The module that owns it.
+        owner: A weak reference to the module that owns it.
         order: Its place in the model.
     """
 
@@ -65,23 +66,25 @@ class ParameterEntry:
     layer: str
     role: str
     parameter: nn.Parameter
-    owner: nn.Module
+    owner: weakref.ref[nn.Module]
     order: int
 
     def stale(self) -> bool:
         """Whether the module holds another parameter by now."""
-        return self.owner._parameters.get(self.role) is not self.parameter
+        owner = self.owner()
+        return owner is None or owner._parameters.get(self.role) is not self.parameter
 
 
 class ModelIndex:
     """Modules and parameters by clean name, in model order; built anew when the model changes.
 
-    Tied parameters are listed once, under their first name; `aliases` has the others.
+    Tied parameters are listed once, under their first name; `aliases` has the others. Modules are
+    held weakly: who keeps a lens does not keep the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         wrappers = _wrapper_paths(model)
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: MutableMapping[str, nn.Module] = weakref.WeakValueDictionary()
         self.entries: list[ParameterEntry] = []
         self.aliases: dict[str, str] = {}
         self.uninitialized = False
@@ -101,7 +104,9 @@ class ModelIndex:
                     self.aliases[name] = seen[id(parameter)]
                     continue
                 seen[id(parameter)] = name
-                self.entries.append(ParameterEntry(name, layer, role, parameter, module, len(self.entries)))
+                self.entries.append(
+                    ParameterEntry(name, layer, role, parameter, weakref.ref(module), len(self.entries))
+                )
         self.by_id = {id(entry.parameter): entry for entry in self.entries}
         self.order = {name: i for i, name in enumerate(self.modules)}
 
@@ -141,7 +146,9 @@ class ModelIndex:
             candidates = {name: (name, module) for name, module in self.modules.items()}
         else:
             candidates = {
-                self.key(spec, entry): (entry.layer, entry.owner) for entry in self.parameters(spec)
+                self.key(spec, entry): (entry.layer, owner)
+                for entry in self.parameters(spec)
+                if (owner := entry.owner()) is not None
             }
         chosen = set(candidates)
         for selector in selectors:

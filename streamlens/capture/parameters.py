@@ -16,7 +16,7 @@ from torch import Tensor
 from streamlens.capture.kept import Kept
 from streamlens.capture.plan import SQUARES, CallPlan, Output, Small, compile_call
 from streamlens.capture.table import Needs, Sizes, Table
-from streamlens.reductions import Reduction, accumulate, flat_real, real_size
+from streamlens.reductions import Reduction, accumulate, flat_real
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ParameterCapture"]
 
-OnError = Callable[[str, Exception], None]
+OnError = Callable[[Hashable, Exception], None]
 
 _LOW: Final = 1e-15
 """A float32 norm below this may have lost elements to underflow of their squares."""
@@ -122,11 +122,12 @@ class ParameterCapture:
     @staticmethod
     def _enter(table: Table, small: Small, norms: Tensor, tensors: Sequence[Tensor]) -> None:
         """Note squared norms; a norm at the edge of float32's range is computed again, in double."""
-        squares = norms.double().square_()
-        for i, norm in enumerate(norms.tolist()):
+        numbers = norms.tolist()
+        squares = [n * n for n in numbers]
+        for i, norm in enumerate(numbers):
             if norm < _LOW or norm == math.inf:
                 squares[i] = accumulate((flat_real(tensors[i].detach()),), SQUARES)[0]
-        table.put_block(small.orders, {SQUARES[0]: squares}, small.sizes)
+        table.put_rows(SQUARES, small.orders, [[square] for square in squares], small.sizes)
 
     def rates(self, output: Output, info: OptimizerInfo, optimizer: Optimizer) -> Tensor:
         """The learning rate of the group that holds each layer's weight."""
@@ -154,7 +155,8 @@ class ParameterCapture:
         whole: dict[int, Tensor] = {}
         alone: dict[int, Tensor] = {}
         done = self._small_pass(plan, values, updates, keep_next=keep_next)
-        for entry in plan.entries.get(Facet.UPDATE, ()):
+        # Backwards: what the optimizer wrote last is still in the cache.
+        for entry in reversed(plan.entries.get(Facet.UPDATE, ())):
             if entry.order in done[Facet.UPDATE]:
                 continue
             kept = self._kept.get(entry.order)
@@ -233,17 +235,16 @@ class ParameterCapture:
                 if keep_next:
                     for weight, buffer in pieces:
                         buffer.copy_(weight)
-            size = real_size(entry.parameter)
-            update[1].put(entry.order, of_update, row_update, size)
+            update[1].put(entry.order, of_update, row_update, entry.parameter)
             if statistics:
-                value[1].put(entry.order, statistics, row, size)
+                value[1].put(entry.order, statistics, row, entry.parameter)
                 value[1].apply(entry.order, entry.parameter.detach(), value[0].others, self._layer_error)
             kept.valid = False
             if keep_next:
                 kept.accept(entry.parameter)
         except Exception as error:
             kept.valid = False
-            self._on_error(entry.name, error)
+            self._on_error(entry.order, error)
 
     def renew(self, entries: Iterable[ParameterEntry], *, keep_next: bool) -> None:
         """After delivery: copy the weights for the next step, or note that copies are out of date."""
@@ -293,7 +294,7 @@ class ParameterCapture:
             table.measure_many(tuple(orders), [tensors[o] for o in orders], need, self._layer_error)
 
     def _layer_error(self, key: Hashable, error: Exception) -> None:
-        self._on_error(f"parameter {key}", error)
+        self._on_error(key, error)
 
 
 def _plain(statistics: Sequence[Any]) -> bool:
@@ -305,7 +306,7 @@ def _squares_pass(
 ) -> tuple[list[float], list[float]]:
     """The hot path: squares of update and weight and the next copy, 4 operations on a cached piece."""
     of_weight = of_update = 0.0
-    for weight, buffer in pieces:
+    for weight, buffer in reversed(pieces):
         torch.sub(weight, buffer, out=buffer)
         part = torch.dot(buffer, buffer).item()
         if part < 1e-30 or part == math.inf:

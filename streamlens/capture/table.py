@@ -96,12 +96,13 @@ class _Block:
 class Table:
     """Statistics by layer; finishing a reduction reads them, so that what is shared is computed once."""
 
-    __slots__ = ("_blocks", "_results", "_rows", "_sizes")
+    __slots__ = ("_blocks", "_double", "_results", "_rows", "_sizes")
 
     def __init__(self, sizes: Sizes | None = None) -> None:
         self._blocks: list[_Block] = []
         self._rows: dict[tuple[Statistic, ...], dict[Hashable, Sequence[float] | Sequence[Tensor]]] = {}
         self._results: dict[Reduction, dict[Hashable, Tensor]] = {}
+        self._double = False
         self._sizes = Sizes() if sizes is None else sizes
 
     # -- entering ----------------------------------------------------------------------------
@@ -111,11 +112,24 @@ class Table:
         key: Hashable,
         statistics: tuple[Statistic, ...],
         row: Sequence[float] | Sequence[Tensor],
-        size: int,
+        tensor: Tensor,
     ) -> None:
-        """Enter the statistics of one layer."""
+        """Enter the statistics of one layer's tensor."""
+        if tensor.dtype in (torch.float64, torch.complex128):
+            self._double = True
         self._rows.setdefault(statistics, {})[key] = row
-        self._sizes.by_key[key] = size
+        self._sizes.by_key[key] = real_size(tensor)
+
+    def put_rows(
+        self,
+        statistics: tuple[Statistic, ...],
+        keys: Keys,
+        rows: Sequence[Sequence[float]],
+        sizes: Mapping[Hashable, int],
+    ) -> None:
+        """Enter the statistics of float32 layers that were computed together."""
+        self._rows.setdefault(statistics, {}).update(zip(keys, rows, strict=True))
+        self._sizes.by_key.update(sizes)
 
     def put_block(
         self, keys: Keys, values: Mapping[Statistic, Tensor], sizes: Mapping[Hashable, int]
@@ -134,7 +148,7 @@ class Table:
                 else:
                     table, _ = summarise([tensor], needs.statistics)
                     row = [table[s][0] for s in needs.statistics]
-                self.put(key, needs.statistics, row, real_size(tensor))
+                self.put(key, needs.statistics, row, tensor)
         except Exception as error:
             on_error(key, error)
         self.apply(key, tensor, needs.others, on_error)
@@ -171,27 +185,25 @@ class Table:
         """The layers that have statistics."""
         return {k for rows in self._rows.values() for k in rows} | {k for b in self._blocks for k in b.keys}
 
-    def present(self, reduction: Reduction, keys: Keys) -> Keys:
-        """Those of the keys that have what a reduction needs."""
-        if not reduction.needs():
-            results = self._results.get(reduction, {})
-            return keys if all(k in results for k in keys) else tuple(k for k in keys if k in results)
-        self._seal()
-        wanted = reduction.needs()
-        blocks = [b for b in self._blocks if all(s in b.columns for s in wanted)]
-        if len(blocks) == 1 and blocks[0].keys == keys:
-            return keys
-        held = {k for block in blocks for k in block.keys}
-        return keys if held.issuperset(keys) else tuple(k for k in keys if k in held)
+    def finish(self, reduction: Reduction, keys: Keys) -> tuple[Keys, Tensor] | None:
+        """The values of a reduction, stacked, and the layers that have it.
 
-    def finish(self, reduction: Reduction, keys: Keys) -> Tensor:
-        """The values of a reduction for layers that are present, stacked."""
+        Args:
+            reduction: What is asked for.
+            keys: The layers wanted.
+
+        Returns:
+            The wanted layers that were measured and their values; None if there is none.
+        """
         wanted = reduction.needs()
         if not wanted:
-            results = self._results[reduction]
-            return torch.stack([results[k] for k in keys])
+            results = self._results.get(reduction, {})
+            present = tuple(k for k in keys if k in results)
+            return (present, torch.stack([results[k] for k in present])) if present else None
         self._seal()
         blocks = [b for b in self._blocks if all(s in b.columns for s in wanted)]
+        if not blocks:
+            return None
         found: Mapping[Statistic, Tensor]
         if len(blocks) == 1:
             held, found = blocks[0].keys, blocks[0].columns
@@ -200,9 +212,18 @@ class Table:
             found = {s: torch.cat([block.columns[s] for block in blocks]) for s in wanted}
         first = found[wanted[0]]
         if held != keys:
-            places = self._sizes.places(held, keys, first)
-            found = {s: found[s].index_select(0, places) for s in wanted}
-        return reduction.finish(found, self._sizes.counts(keys, first))
+            known = set(held)
+            if not known.issuperset(keys):
+                keys = tuple(k for k in keys if k in known)
+                if not keys:
+                    return None
+            if held != keys:
+                places = self._sizes.places(held, keys, first)
+                found = {s: found[s].index_select(0, places) for s in wanted}
+        values = reduction.finish(found, self._sizes.counts(keys, first))
+        if values.dtype == torch.float64 and not self._double:
+            values = values.float()
+        return keys, values
 
     def _seal(self) -> None:
         """Turn rows that were entered one by one into blocks."""
@@ -210,7 +231,11 @@ class Table:
             return
         rows, self._rows = self._rows, {}
         for statistics, by_key in rows.items():
-            values = list(by_key.values())
+            keys = tuple(by_key)
+            if isinstance(keys[0], int):
+                # Parameters are known by their place in the model, which is the order asked for.
+                keys = tuple(sorted(cast("tuple[int, ...]", keys)))
+            values = [by_key[k] for k in keys]
             if isinstance(values[0][0], Tensor):
                 tensors = cast("list[Sequence[Tensor]]", values)
                 found: Mapping[Statistic, Tensor] = {
@@ -218,4 +243,4 @@ class Table:
                 }
             else:
                 found = columns(cast("list[Sequence[float]]", values), statistics)
-            self._blocks.append(_Block(tuple(by_key), found))
+            self._blocks.append(_Block(keys, found))
