@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from reactivex import Observable
@@ -53,16 +53,12 @@ class _Scan(OperatorNode):
             out = own(result)
             self._topics[key] = out
             return out
-        if isinstance(result, int | float):
-            result = torch.full((len(frame),), float(result))
-        if frame.borrowed:
-            result = _copied(result)
-        values = cast("Tensor | tuple[Tensor, ...]", result)
+        state = _copied(result) if frame.borrowed else result
+        self._topics[key] = state
+        values = torch.full((len(frame),), float(state)) if isinstance(state, int | float) else state
         named = isinstance(values, Tensor) and values.shape[1:2] == (len(frame.components),)
         components = frame.components if named else ()
-        out = relabelled(frame, f"{frame.topic}.scan", values, components=components)
-        self._topics[key] = out.values
-        return out
+        return relabelled(frame, f"{frame.topic}.scan", values, components=components)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -361,7 +361,7 @@ def test_works_between_operators_of_reactivex() -> None:
     def value(aligned: Any) -> float:
         return float(aligned["p"]["a"])
 
-    source.pipe(ops.filter(lambda f: f.step > 0), align("p", "q"), ops.map(value)).subscribe(out.append)
+    source.pipe(ops.skip(2), align("p", "q"), ops.map(value)).subscribe(out.append)
     for step in range(3):
         source.on_next(frame(step, {"a": float(step)}, "p"))
         source.on_next(frame(step, {"a": 0.0}, "q"))
