@@ -5,6 +5,7 @@ from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.loss import loss
 from streamlens.views.norms import gradient_norms, weight_norms
 from streamlens.views.rates import learning_rate
+from streamlens.views.stack import stack
 from streamlens.views.theme import themed, vega_config
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "gradient_norms",
     "learning_rate",
     "loss",
+    "stack",
     "themed",
     "update_to_weight_ratio",
     "vega_config",

@@ -17,7 +17,7 @@ __all__ = ["heatmap", "update_to_weight_ratio"]
 
 _CELL: Final = (
     alt.Tooltip("layer:N"),
-    alt.Tooltip("start:Q", title="from step", format=","),
+    alt.Tooltip("step:Q", title="from step", format=","),
     alt.Tooltip("last:Q", title="to step", format=","),
 )
 
@@ -76,7 +76,7 @@ def heatmap(
     low, high = _domain(table["value"].to_numpy(dtype=np.float64), middle)
     good = table[~table["bad"]].assign(value=table["value"].clip(lower=low - 1)).drop(columns="bad")
     row = float(np.clip(420 / len(names), 3, 24))
-    x = step_axis(limits, "start")
+    x = step_axis(limits)
     y = alt.Y(
         "layer:O",
         sort=names,
@@ -113,10 +113,10 @@ def heatmap(
     layers = [cells.encode(x=x, x2="end:Q", y=y, color=color, tooltip=tooltip)]
     bad = table[table["bad"]]
     if len(bad):
-        rows = bad[["layer", "start", "end", "last"]].assign(holds="NaN or infinity")
+        rows = bad[["layer", "step", "end", "last"]].assign(holds="NaN or infinity")
         marks: alt.Chart = alt.Chart(rows, width=WIDTH).mark_rect(color=NOT_FINITE, clip=True)
         layers.append(marks.encode(x=x, x2="end:Q", y=y, tooltip=[*_CELL, alt.Tooltip("holds:N")]))
-    return layered(layers)
+    return layered(layers, interactive=0)
 
 
 def _domain(values: np.ndarray[Any, Any], middle: int | None) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def _domain(values: np.ndarray[Any, Any], middle: int | None) -> tuple[float, fl
 
 
 def _cells(lines: Sequence[Series], max_cells: int) -> pd.DataFrame:
-    """One row a cell: layer, start, last, end, value (mean of log10), bad (holds NaN or infinity)."""
+    """One row a cell: layer, step, last, end, value (mean of log10), bad (holds NaN or infinity)."""
     rows = min(len(lines), _MOST_ROWS, max_cells)
     row_of = np.arange(len(lines)) * rows // len(lines)
     first = np.searchsorted(row_of, np.arange(rows))
@@ -170,7 +170,7 @@ def _cells(lines: Sequence[Series], max_cells: int) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "layer": [names[i] for i in (used // columns).tolist()],
-            "start": starts[column],
+            "step": starts[column],
             "last": lasts[column],
             "end": ends[column],
             "value": np.round(mean[used], 3),

@@ -103,4 +103,4 @@ def _draw(
     layers = [lines, nearest_points(base, tooltip)]
     if len(flags):
         layers.append(flag_marks(flags, limits, "loss"))
-    return layered(layers)
+    return layered(layers, interactive=1)

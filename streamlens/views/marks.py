@@ -57,14 +57,15 @@ _IS_POWER: Final = f"abs({_EXPONENT} - round({_EXPONENT})) < 1e-6"
 _DECADES: Final = "(log(domain('y')[1] / domain('y')[0]) / LN10)"
 _MANTISSA: Final = f"round(datum.value / pow(10, floor({_EXPONENT} + 1e-9)))"
 # Powers of ten; in an axis too short to hold several, 1, 2 and 5 times them; in a shorter one, all.
+# (Charts put together name their scales otherwise: the length is then unknown, and no comparison true.)
 _LOG_LABEL: Final = (
     f"{_DECADES} < 0.8 ? format(datum.value, '~g')"
-    f" : {_DECADES} < 2.6 ? (indexof([1, 2, 5], {_MANTISSA}) >= 0 ? format(datum.value, '~g') : '')"
-    f" : {_IS_POWER} ? {_power(f'round({_EXPONENT})')} : ''"
+    f" : {_DECADES} >= 2.6 ? ({_IS_POWER} ? {_power(f'round({_EXPONENT})')} : '')"
+    f" : (indexof([1, 2, 5], {_MANTISSA}) >= 0 ? format(datum.value, '~g') : '')"
 )
 
 
-def layered(layers: Sequence[alt.Chart]) -> alt.LayerChart:
+def layered(layers: Sequence[alt.Chart], interactive: int) -> alt.LayerChart:
     """Layers over one step axis that pans and zooms.
 
     Dragging pans, scrolling with Ctrl or Cmd held (a pinch on a touchpad) zooms, so that plain
@@ -73,32 +74,34 @@ def layered(layers: Sequence[alt.Chart]) -> alt.LayerChart:
 
     Args:
         layers: Charts with `step_axis` as their x, the lowest first.
+        interactive: The position of the layer that has all selections. They must stand on one:
+            Altair repeats the selections of several for each of them where charts are put together.
     """
     steps = alt.selection_interval(
         name="steps", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.metaKey]"
     )
-    return cast(alt.LayerChart, alt.layer(*layers).add_params(steps))
+    layers = [layer.add_params(steps) if i == interactive else layer for i, layer in enumerate(layers)]
+    return cast(alt.LayerChart, alt.layer(*layers))
 
 
-def step_axis(limits: Limits | None, field: str = "step") -> alt.X:
-    """The step axis that every chart has.
+def step_axis(limits: Limits | None) -> alt.X:
+    """The step axis that every chart has, of the column `step`.
+
+    The column's name is part of the zoom's: only charts that share it zoom together.
 
     Args:
         limits: Its first and last step; by default those of the data.
-        field: The column that holds the step.
     """
     domain: Any = alt.Undefined if limits is None else list(limits)
     return alt.X(
-        f"{field}:Q",
+        "step:Q",
         title="step (optimizer updates)",
         axis=alt.Axis(format="~s", tickCount=8, tickMinStep=1, labelFlush=True, labelOverlap=True),
         scale=alt.Scale(domain=domain, zero=False, nice=False),
     )
 
 
-def value_axis(
-    title: str, *, log: bool, zero: bool = False, number_format: str = "~g", domain: Limits | None = None
-) -> alt.Y:
+def value_axis(title: str, *, log: bool, zero: bool = False, number_format: str = "~g") -> alt.Y:
     """A value axis, its title set flat above it.
 
     Args:
@@ -106,7 +109,6 @@ def value_axis(
         log: Whether it is logarithmic; it is then labelled `10⁻³`.
         zero: Whether a linear axis must show zero.
         number_format: How a linear axis writes numbers, in d3's language.
-        domain: Its ends; by default those of the data.
     """
     flat: dict[str, Any] = {
         "titleAngle": 0,
@@ -116,14 +118,13 @@ def value_axis(
         "titleX": 0,
         "titleY": -8,
     }
-    ends: Any = alt.Undefined if domain is None else list(domain)
     if log:
         faint = {"condition": {"test": f"{_DECADES} < 0.8 || {_IS_POWER}", "value": 1}, "value": 0.35}
         axis = alt.Axis(labelExpr=_LOG_LABEL, tickCount=6, labelOverlap="greedy", gridOpacity=faint, **flat)
-        scale = alt.Scale(type="log", nice=False, padding=6, domain=ends)
+        scale = alt.Scale(type="log", nice=False, padding=6)
     else:
         axis = alt.Axis(format=number_format, tickCount=5, **flat)
-        scale = alt.Scale(zero=zero, nice=True, domain=ends)
+        scale = alt.Scale(zero=zero, nice=True)
     return alt.Y("value:Q", title=title, axis=axis, scale=scale)
 
 
@@ -171,7 +172,7 @@ def chart_of_lines(
         alt.Tooltip("value:Q", title=value_title, format=value_format),
     ]
     if len(names) > LEGEND_LINES:
-        hover = _hover(fields=["series"])
+        hover = _hover("hover_series", fields=["series"])
         lines = lines.encode(
             opacity=alt.when(hover).then(alt.value(0.9)).otherwise(alt.value(0.15)),
             strokeWidth=alt.when(hover, empty=False).then(alt.value(2.8)).otherwise(alt.value(1.4)),
@@ -182,11 +183,12 @@ def chart_of_lines(
     if 1 < len(names) <= LEGEND_LINES:
         pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
         faded = alt.when(pick).then(alt.value(1.0)).otherwise(alt.value(0.12))
-        lines, dots = lines.encode(opacity=faded).add_params(pick), dots.encode(opacity=faded)
+        lines, dots, near = lines.encode(opacity=faded), dots.encode(opacity=faded), near.add_params(pick)
     layers = [lines, dots, near] if with_points else [lines, near]
+    interactive = len(layers) - 1
     if len(flags):
         layers.append(flag_marks(flags, limits, series_title))
-    return layered(layers)
+    return layered(layers, interactive)
 
 
 def series_color(names: Sequence[str]) -> alt.Color:
@@ -211,14 +213,14 @@ def nearest_points(base: alt.Chart, tooltip: list[alt.Tooltip]) -> alt.Chart:
         base: The chart with the data and the axes.
         tooltip: What to say of a point.
     """
-    hover = _hover()
+    hover = _hover("hover")
     seen = alt.when(hover, empty=False).then(alt.value(1.0)).otherwise(alt.value(0.0))
     points: alt.Chart = base.mark_point(filled=True, size=45)
     return points.encode(tooltip=tooltip, opacity=seen).add_params(hover)
 
 
-def _hover(**projection: Any) -> alt.Parameter:
-    return alt.selection_point(name="hover", on="pointerover", nearest=True, clear="pointerout", **projection)
+def _hover(name: str, **projection: Any) -> alt.Parameter:
+    return alt.selection_point(name=name, on="pointerover", nearest=True, clear="pointerout", **projection)
 
 
 def flag_marks(flags: pd.DataFrame, limits: Limits | None, series_title: str) -> alt.Chart:

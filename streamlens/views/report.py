@@ -60,7 +60,8 @@ def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        # A name that is no text, as a broken file may hold, has its place marked.
+        part.write_bytes(text.encode("utf-8", "replace"))
         part.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -104,11 +105,12 @@ def _asset(name: str) -> str:
 
 def _json(data: object) -> str:
     """JSON that can stand in a script element: nothing in it can end the element or open another."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # json.dumps writes everything beyond ASCII as escapes, U+2028 and U+2029 among them.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.translate(_ESCAPES)
 
 
-_ESCAPES: Final = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+_ESCAPES: Final = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
 
 def _policy(*scripts: str) -> str:

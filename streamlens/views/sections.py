@@ -193,6 +193,6 @@ _READING: Final = {
         "layer are gradients that vanish, lines that shoot up are gradients that explode."
     ),
     "weight-norms": (
-        "The 2-norm of each layer's weights; slow growth is common without weight decay, sudden jumps are not."
+        "The 2-norm of each layer's weights; slow growth is common without weight decay, jumps are not."
     ),
 }

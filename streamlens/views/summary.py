@@ -72,11 +72,8 @@ def time_span(models: Sequence[ModelRows]) -> tuple[float, float] | None:
 
 def scientific(value: float) -> str:
     """A positive number as `1.3 × 10⁻³`."""
-    exponent = math.floor(math.log10(value))
-    mantissa = f"{value / 10.0**exponent:.1f}"
-    if mantissa == "10.0":
-        mantissa, exponent = "1.0", exponent + 1
-    return f"{mantissa}\u202f×\u202f10{str(exponent).translate(_SUPERSCRIPT)}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}\u202f×\u202f10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
 
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -25,7 +25,8 @@ globalThis.streamlensCharts = (() => {
   function tie(views) {
     const zoomable = views.filter((view) => {
       try {
-        return view.signal(RANGE) !== undefined;
+        view.signal(RANGE);
+        return true;
       } catch {
         return false; // nothing to zoom: Vega throws for a signal it does not know
       }
