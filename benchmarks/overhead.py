@@ -81,7 +81,7 @@ def mlp_overhead(make_optimizer: MakeOptimizer, rounds: int = 40) -> dict[str, T
     lens, unused = _observed(runs["streamlens"]), sl.observe(runs["idle"].model)
     steps = {**{name: run.step for name, run in runs.items()}, "by hand": by_hand.step}
     try:
-        return interleave(steps, baseline="bare", rounds=rounds, repeat=2)
+        return interleave(steps, baseline="bare", rounds=rounds, repeat=5)
     finally:
         lens.close()
         unused.close()

@@ -206,6 +206,8 @@ def columns(rows: Sequence[Sequence[float]], statistics: Sequence[Statistic]) ->
     """
     if not statistics:
         return {}
+    if len(statistics) == 1:
+        return {statistics[0]: torch.tensor([row[0] for row in rows], dtype=torch.float64)}
     table = torch.tensor(rows, dtype=torch.float64)
     return {statistic: table[:, i] for i, statistic in enumerate(statistics)}
 
