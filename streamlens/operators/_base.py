@@ -9,11 +9,12 @@ import torch
 from reactivex import Observable
 from torch import Tensor, nn
 
+from streamlens.chain import current_chain
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
 from streamlens.nodes import Node
-from streamlens.runtime import Runtime, current_chain
+from streamlens.runtime import Runtime
 from streamlens.stream import Stream, as_stream
 
 __all__ = [

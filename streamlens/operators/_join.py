@@ -9,9 +9,10 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
+from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame
 from streamlens.operators._base import OperatorNode, frame_from_state, frame_state, layers_of, own
-from streamlens.runtime import Mark, MarkKind, Runtime
+from streamlens.runtime import Runtime
 
 __all__ = ["Join", "JoinInput"]
 

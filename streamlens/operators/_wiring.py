@@ -11,6 +11,7 @@ from reactivex import Observable, abc
 from reactivex.disposable import CompositeDisposable
 from reactivex.subject import Subject
 
+from streamlens.chain import MarkKind, current_chain
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
 from streamlens.nodes import average_micro_steps
@@ -18,7 +19,7 @@ from streamlens.operators._base import checked_source
 from streamlens.operators._join import Join, JoinInput
 from streamlens.operators._windowed import Epochs, Windowed
 from streamlens.operators.selection import topic
-from streamlens.runtime import MarkKind, Runtime, current_chain
+from streamlens.runtime import Runtime
 from streamlens.stream import Stream, as_stream
 
 __all__ = ["JoinSource", "joined"]

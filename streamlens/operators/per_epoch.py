@@ -11,6 +11,7 @@ import torch
 from reactivex import Observable
 from torch import Tensor
 
+from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import (
@@ -26,7 +27,7 @@ from streamlens.operators._named import Reduce, check_reduce, over_known, reduce
 from streamlens.operators._recurrence import LayerStates
 from streamlens.operators._rows import Rows, reduce_rows
 from streamlens.operators._windowed import Epochs, Windowed
-from streamlens.runtime import Mark, MarkKind, Runtime
+from streamlens.runtime import Runtime
 from streamlens.stream import Operator
 
 __all__ = ["per_epoch"]

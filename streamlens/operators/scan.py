@@ -25,7 +25,9 @@ from streamlens.stream import Operator
 
 __all__ = ["ScanState", "scan"]
 
-ScanState: TypeAlias = Frame | Tensor | tuple[Tensor, ...] | float
+Values: TypeAlias = Tensor | tuple[Tensor, ...] | float
+
+ScanState: TypeAlias = Frame | Values
 """What `scan` carries from frame to frame: a frame, or values as a frame has them."""
 
 
@@ -46,14 +48,16 @@ class _Scan(OperatorNode):
             result = self._fn(self._topics[key], frame)
         elif self._seed is not None:
             # A copy: a function that writes into its state must not reach other subscriptions.
-            result = self._fn(_copied(self._seed), frame)
+            seed = self._seed
+            copy = seed.replace(values=_copied(seed.values)) if isinstance(seed, Frame) else _copied(seed)
+            result = self._fn(copy, frame)
         else:
             result = frame.values
         if isinstance(result, Frame):
             out = own(result)
             self._topics[key] = out
             return out
-        state = _copied(result) if frame.borrowed else result
+        state: Values = _copied(result) if frame.borrowed else result
         self._topics[key] = state
         values = torch.full((len(frame),), float(state)) if isinstance(state, int | float) else state
         named = isinstance(values, Tensor) and values.shape[1:2] == (len(frame.components),)
@@ -78,17 +82,12 @@ class _Scan(OperatorNode):
             self._topics[saved["source"], saved["topic"]] = kept
 
 
-def _copied(state: ScanState) -> ScanState:
-    if isinstance(state, Tensor):
-        return state.clone()
-    if isinstance(state, tuple):
-        return tuple(tensor.clone() for tensor in state)
-    if isinstance(state, Frame):
-        values = state.values
-        return state.replace(
-            values=values.clone() if isinstance(values, Tensor) else tuple(v.clone() for v in values)
-        )
-    return state
+def _copied(values: Values) -> Values:
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, tuple):
+        return tuple(tensor.clone() for tensor in values)
+    return values
 
 
 def _plain(state: ScanState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from reactivex import Observable
 from torch import Tensor
 
+from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import (
@@ -21,7 +22,6 @@ from streamlens.operators._base import (
 from streamlens.operators._named import Reduce, check_reduce, over_known, reduce_name
 from streamlens.operators._rows import Rows, reduce_rows
 from streamlens.operators._windowed import StepWindows, Windowed
-from streamlens.runtime import Mark, MarkKind
 from streamlens.stream import Operator, Stream
 
 __all__ = ["window"]

@@ -13,9 +13,10 @@ from reactivex import Observable
 from reactivex.subject import Subject
 from torch import Tensor
 
+from streamlens.chain import Chain, Mark, MarkKind
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
-from streamlens.runtime import Chain, Mark, MarkKind, Runtime, default_runtime
+from streamlens.runtime import Runtime, default_runtime
 from streamlens.stream import Operator, Stream
 
 Values = Mapping[str, float]

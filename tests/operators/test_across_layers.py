@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reactivex import operators as ops
 from torch import nn
 
 from streamlens.errors import StreamlensError
+from streamlens.frame import Frame
 from streamlens.lens import observe
 from streamlens.operators import across_layers, mean, norm, topic
 from tests.operators.support import NUMBERS, assert_same, flat, frame, ragged, run
@@ -53,12 +55,9 @@ def test_groups_by_module_class_also_for_parameters() -> None:
         modules: list[dict[str, float]] = []
         parameters: list[dict[str, float]] = []
         by = [nn.Linear, nn.LayerNorm]
-        lens.pipe(norm("weights"), across_layers("sum", by=by)).subscribe(
-            lambda f: modules.append(f.to_dict())
-        )
-        lens.pipe(norm("parameters"), across_layers("sum", by=by)).subscribe(
-            lambda f: parameters.append(f.to_dict())
-        )
+        for what, out in (("weights", modules), ("parameters", parameters)):
+            sums = lens.pipe(norm(what), across_layers("sum", by=by), ops.map(Frame.to_dict))
+            sums.subscribe(out.append)
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     weights = [p.detach().norm().item() for name, p in model.named_parameters() if name.endswith("weight")]
@@ -98,7 +97,8 @@ def test_ragged_frames_of_one_shape_are_stacked() -> None:
 
 
 def test_raw_tensors_of_a_lens_are_refused_when_applied() -> None:
-    with observe(nn.Linear(2, 1)) as lens, pytest.raises(StreamlensError, match="norm()"):
+    model = nn.Linear(2, 1)
+    with observe(model) as lens, pytest.raises(StreamlensError, match="reduce them first"):
         lens.pipe(topic("weights"), across_layers())
 
 
@@ -111,7 +111,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="'last'"):
         across_layers("last")
     with pytest.raises(TypeError, match="pass a mapping"):
-        across_layers(by="*.attn.*")
+        across_layers(by="*.attn.*")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not 3"):
         across_layers(by=[nn.Linear, 3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="no group"):

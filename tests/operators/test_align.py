@@ -370,7 +370,8 @@ def test_works_between_operators_of_reactivex() -> None:
 
 
 def test_the_result_remembers_the_lens_of_its_inputs() -> None:
-    with observe(nn.Linear(2, 1)) as lens:
+    model = nn.Linear(2, 1)
+    with observe(model) as lens:
         stream = lens.pipe(align("weights", "biases"), ops.skip(1))
         assert isinstance(stream, Stream)
         assert stream.lens is lens

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,18 @@ from torch import Tensor
 
 from streamlens.frame import Frame, Lease
 from streamlens.operators import scan
+from streamlens.stream import Operator
 from tests.operators.support import NUMBERS, frame, ragged, resumed, run
 
 
-def plus(total: Any, item: Frame) -> Tensor:
+def plus(total: Tensor | float, item: Frame) -> Tensor:
     assert isinstance(item.values, Tensor)
-    return total + item.values
+    return item.values + total
 
 
 def plus_frame(total: Frame, item: Frame) -> Frame:
     assert isinstance(item.values, Tensor)
+    assert isinstance(total.values, Tensor)
     return item.replace(values=total.values + item.values, topic="total")
 
 
@@ -36,7 +37,10 @@ def test_without_a_seed_starts_at_the_first_values_and_equals_accumulate(numbers
 def test_interrupted_and_resumed_equals_uninterrupted(numbers: list[float], at: int, whole: bool) -> None:
     frames = [frame(s, {"a": x}) for s, x in enumerate(numbers)]
     seed = frame(0, {"a": 1.0}, "total") if whole else torch.ones(1, dtype=torch.float64)
-    build = lambda: scan(plus_frame if whole else plus, seed)  # noqa: E731
+
+    def build() -> Operator:
+        return scan(plus_frame if whole else plus, seed)
+
     got = resumed(build, frames, min(at, len(frames)))
     assert [f.to_dict() for f in got] == [f.to_dict() for f in run(build(), frames)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from streamlens.frame import Frame, Kind
 from streamlens.lens import observe
 from streamlens.operators import every, norm, topic, window
+from streamlens.stream import Operator
 from tests.operators.support import (
     Run,
     as_dicts,
@@ -72,7 +73,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     stream: Rows, shape: tuple[int, int], partial: bool, at: int
 ) -> None:
     frames = [frame(s, v) for s, v in stream]
-    build = lambda: window(*shape, "mean", partial=partial)  # noqa: E731
+
+    def build() -> Operator:
+        return window(*shape, "mean", partial=partial)
+
     assert_same(flat(resumed(build, frames, min(at, len(frames)))), flat(run(build(), frames)), rel=0, abs_=0)
 
 
