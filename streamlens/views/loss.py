@@ -14,6 +14,7 @@ from streamlens.views.marks import (
     flag_marks,
     layered,
     nearest_points,
+    nearest_tooltip,
     nothing,
     series_color,
     step_axis,
@@ -93,13 +94,16 @@ def _draw(
         opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=kinds, range=[0.45, 1.0]), legend=legend),
         strokeWidth=alt.StrokeWidth("kind:O", scale=alt.Scale(domain=kinds, range=[1.0, 2.4]), legend=legend),
     )
-    tooltip = [
-        *([alt.Tooltip("series:N", title="loss")] if len(names) > 1 else []),
-        alt.Tooltip("kind:N", title="value of"),
-        alt.Tooltip("step:Q", format=","),
-        alt.Tooltip("epoch:Q"),
-        alt.Tooltip("value:Q", format=".4~g"),
-    ]
+    tooltip = nearest_tooltip(
+        {
+            **({"loss": "series"} if len(names) > 1 else {}),
+            "value of": "kind",
+            "step": "step",
+            "epoch": "epoch",
+            "value": "value",
+        },
+        {"step": ",", "value": ".4~g"},
+    )
     layers = [lines, nearest_points(base, tooltip)]
     if len(flags):
         layers.append(flag_marks(flags, limits, "loss"))

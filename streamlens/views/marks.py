@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import altair as alt
@@ -19,6 +20,7 @@ __all__ = [
     "flag_marks",
     "layered",
     "nearest_points",
+    "nearest_tooltip",
     "nothing",
     "series_color",
     "step_axis",
@@ -165,12 +167,10 @@ def chart_of_lines(
     )
     lines: alt.Chart = base.mark_line(interpolate=interpolate, strokeJoin="round")
     dots: alt.Chart = base.mark_point(filled=True, size=28)
-    tooltip = [
-        alt.Tooltip("series:N", title=series_title),
-        alt.Tooltip("step:Q", format=","),
-        alt.Tooltip("epoch:Q"),
-        alt.Tooltip("value:Q", title=value_title, format=value_format),
-    ]
+    tooltip = nearest_tooltip(
+        {series_title: "series", "step": "step", "epoch": "epoch", value_title: "value"},
+        {"step": ",", "value": value_format},
+    )
     if len(names) > LEGEND_LINES:
         hover = _hover("hover_series", fields=["series"])
         lines = lines.encode(
@@ -206,17 +206,38 @@ def series_color(names: Sequence[str]) -> alt.Color:
     return alt.Color("series:O", scale=alt.Scale(domain=domain, range="ordinal"), legend=legend)
 
 
-def nearest_points(base: alt.Chart, tooltip: list[alt.Tooltip]) -> alt.Chart:
+def nearest_points(base: alt.Chart, tooltip: alt.TooltipValue) -> alt.Chart:
     """Points that are invisible but for the one nearest to the pointer, which has the tooltip.
 
     Args:
         base: The chart with the data and the axes.
-        tooltip: What to say of a point.
+        tooltip: A `nearest_tooltip`.
     """
     hover = _hover("hover")
     seen = alt.when(hover, empty=False).then(alt.value(1.0)).otherwise(alt.value(0.0))
     points: alt.Chart = base.mark_point(filled=True, size=45)
     return points.encode(tooltip=tooltip, opacity=seen).add_params(hover)
+
+
+def nearest_tooltip(columns: Mapping[str, str], formats: Mapping[str, str]) -> alt.TooltipValue:
+    """A tooltip for a layer whose selection takes the point nearest to the pointer.
+
+    Altair's own list of fields does not do: around each point Vega-Lite then lays a cell, whose
+    data are the point's mark, and of text fields looks for them in the mark.
+
+    Args:
+        columns: What to call each column, in order.
+        formats: How to write the numbers of a column, in d3's language.
+    """
+    row = "(datum.datum || datum)"
+    entries = []
+    for title, column in columns.items():
+        value = f"{row}[{json.dumps(column)}]"
+        if column in formats:
+            value = f"format({value}, {json.dumps(formats[column])})"
+        entries.append(f"{json.dumps(title)}: {value}")
+    expression = alt.ExprRef("{" + ", ".join(entries) + "}")
+    return alt.TooltipValue(expression)
 
 
 def _hover(name: str, **projection: Any) -> alt.Parameter:

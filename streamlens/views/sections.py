@@ -37,6 +37,15 @@ _MOST_POINTS: Final = 10_000
 """Points in a page, in all: a browser redraws that many at once without a pause."""
 
 _MOST_CELLS: Final = 4_500
+_PERCENT: Final = {
+    "loss": 10,
+    "loss.ema": 5,
+    "train_accuracy": 3,
+    "test_accuracy": 2,
+    "learning_rate": 5,
+}
+"""Shares of the points that other topics than those of many layers get at most."""
+
 _MOST_READ: Final = 20_000
 """Rows read of one layer; a longer run is read thinned, its extremes and NaN kept."""
 
@@ -141,9 +150,13 @@ def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Sect
 
     cells = min(_MOST_CELLS * budget // _MOST_POINTS, len(rows.get("uw_ratio", ())))
     # The norms of many layers take whatever the others leave.
-    per_layer = (budget - cells - budget // 4) // 2
+    others = {topic: budget * percent // 100 for topic, percent in _PERCENT.items()}
+    used = cells + sum(min(most, len(rows.get(topic, ()))) for topic, most in others.items())
+    per_layer = (budget - used) // 2
     if "loss" in rows:
-        chart = loss(rows["loss"], rows.get("loss.ema"), limits=limits, max_points=budget * 15 // 100)
+        chart = loss(
+            rows["loss"], rows.get("loss.ema"), limits=limits, max_points=others["loss"] + others["loss.ema"]
+        )
         add("loss", "Loss", _READING["loss"], chart)
     curves = {
         name: rows[f"{topic}_accuracy"]
@@ -151,10 +164,12 @@ def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Sect
         if f"{topic}_accuracy" in rows
     }
     if curves:
-        chart = accuracies(curves, limits=limits, max_points=budget * 5 // 100)
+        chart = accuracies(
+            curves, limits=limits, max_points=others["train_accuracy"] + others["test_accuracy"]
+        )
         add("accuracy", "Accuracy", _READING["accuracy"], chart)
     if "learning_rate" in rows:
-        chart = learning_rate(rows["learning_rate"], limits=limits, max_points=budget * 5 // 100)
+        chart = learning_rate(rows["learning_rate"], limits=limits, max_points=others["learning_rate"])
         add("learning-rate", "Learning rate", _READING["learning-rate"], chart)
     if "uw_ratio" in rows:
         chart = update_to_weight_ratio(

@@ -106,7 +106,9 @@ def thin_indices(values: NDArray[np.float64], max_points: int) -> NDArray[np.int
     n = len(values)
     if n <= max_points:
         return np.arange(n)
-    width = -(-n // ((max_points - 2) // 3))
+    # What each stretch keeps: its extremes, and where there are any, a value that is not finite.
+    each = 2 if np.isfinite(values).all() else 3
+    width = -(-n // ((max_points - 2) // each))
     stretches = -(-n // width)
     padded = np.full(stretches * width, np.nan)
     padded[:n] = values

@@ -113,6 +113,30 @@ def test_hostile_names_make_no_element_and_run_nothing(visit: Visit) -> None:
     assert visit.page.locator("img, .hurt").count() == 0
 
 
+@pytest.mark.parametrize(
+    ("chart", "words"),
+    [
+        (0, ["value of", "each step"]),
+        (1, ["measured on", "t"]),
+        (4, ["layer", "features.", "gradient norm"]),
+    ],
+)
+def test_pointing_near_a_line_says_what_it_is(
+    browser: Browser, report: Path, chart: int, words: list[str]
+) -> None:
+    visit = Visit(browser, report, viewport={"width": 1180, "height": 900})
+    canvas = visit.page.locator(".chart canvas").nth(chart)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 60)
+    visit.page.wait_for_selector("#vg-tooltip-element.visible", timeout=3_000)
+    said = visit.page.locator("#vg-tooltip-element").inner_text()
+    visit.page.close()
+    assert "undefined" not in said
+    assert all(word in said for word in ["step", "epoch", *words]), said
+
+
 def test_the_step_axes_of_all_charts_start_and_end_at_the_same_places(browser: Browser, report: Path) -> None:
     visit = Visit(browser, report, viewport={"width": 1180, "height": 900})
     ends = []
