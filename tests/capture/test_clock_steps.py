@@ -1,0 +1,489 @@
+"""Steps, micro-steps and epochs of plain loops, and what must not move them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+import streamlens as sl
+from tests.helpers.by_hand import (
+    Batch,
+    norms,
+    of_role,
+    regression,
+    snapshot,
+    squared_error,
+    train_by_hand,
+)
+from tests.helpers.recording import assert_steps_equal, numbers, observed, points, record
+
+BATCHES = regression(1, 6, (4, 5))
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3))
+
+
+def evaluate_in_eval_mode(model: nn.Module) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(BATCHES[0][0])
+    model.train()
+
+
+def evaluate_in_eval_mode_with_grad(model: nn.Module) -> None:
+    model.eval()
+    model(BATCHES[0][0])
+    model.train()
+
+
+def evaluate_without_grad(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(BATCHES[0][0])
+
+
+def evaluate_in_inference_mode(model: nn.Module) -> None:
+    model.eval()
+    with torch.inference_mode():
+        model(BATCHES[0][0])
+    model.train()
+
+
+def sample_with_dropout(model: nn.Module) -> None:
+    model.eval()
+    model.get_submodule("2").train()
+    model(BATCHES[0][0])
+    model.train()
+
+
+def evaluate_a_part_with_grad(model: nn.Module) -> None:
+    model.eval()
+    with torch.no_grad(), torch.enable_grad():
+        model.get_submodule("0")(BATCHES[0][0])
+    model.train()
+
+
+EVALUATIONS = (
+    evaluate_in_eval_mode,
+    evaluate_in_eval_mode_with_grad,
+    evaluate_without_grad,
+    evaluate_in_inference_mode,
+    sample_with_dropout,
+    evaluate_a_part_with_grad,
+)
+ALL_TOPICS = (
+    "activations",
+    "layer_gradients",
+    "raw_gradients",
+    "input_data",
+    "network_output",
+    "weights",
+    "weight_updates",
+    "batch_started",
+    "batch_finished",
+)
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_evaluation_between_steps_emits_nothing_and_moves_no_clock(
+    evaluate: Callable[[nn.Module], None],
+) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = {name: record(lens, sl.topic(name)) for name in ALL_TOPICS}
+        for batch in BATCHES[:3]:
+            train_by_hand(model, optimizer, [batch], squared_error)
+            before = {name: len(got) for name, got in frames.items()}
+            step = lens.current_step
+            evaluate(model)
+            evaluate(model)
+            assert {name: len(got) for name, got in frames.items()} == before
+            assert lens.current_step == step
+    for name, got in frames.items():
+        assert points(got) == [(0, 0), (1, 0), (2, 0)], name
+    assert {f.layers for f in frames["activations"]} == {("0", "1", "2", "3")}
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_evaluation_before_the_first_step_emits_nothing(evaluate: Callable[[nn.Module], None]) -> None:
+    model = perceptron()
+    with observed(model) as lens:
+        frames = [record(lens, sl.topic(name)) for name in ALL_TOPICS]
+        evaluate(model)
+        assert not any(frames)
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:1], squared_error)
+    assert [points(f) for f in frames] == [[(0, 0)]] * len(frames)
+
+
+def test_evaluation_between_forward_and_backward_leaves_the_micro_step_alone() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        outputs, gradients = record(lens, sl.norm("activations")), record(lens, sl.norm("layer_gradients"))
+        for batch in BATCHES[:2]:
+            loss = squared_error(model, batch)
+            evaluate_in_eval_mode_with_grad(model)
+            loss.backward()
+            optimizer.step()
+    assert points(outputs) == points(gradients) == [(0, 0), (1, 0)]
+    assert {f.layers for f in outputs + gradients} == {("0", "1", "2", "3")}
+
+
+def test_accumulation_counts_micro_steps_and_gives_one_parameter_frame_an_update() -> None:
+    model = perceptron()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    steps = train_by_hand(twin, Adam(twin.parameters()), BATCHES, squared_error, accumulate=3)
+    with observed(model) as lens:
+        gradients, updates = (
+            record(lens, sl.topic("weight_gradients")),
+            record(lens, sl.norm("weight_updates")),
+        )
+        outputs = record(lens, sl.topic("network_output"))
+        torch.manual_seed(1)
+        train_by_hand(model, Adam(model.parameters()), BATCHES, squared_error, accumulate=3)
+    assert points(outputs) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert points(gradients) == points(updates) == [(0, 2), (1, 2)]
+    assert_steps_equal(gradients, [of_role(s.gradients, "weight") for s in steps])
+    assert_steps_equal(updates, [norms(of_role(s.updates(), "weight")) for s in steps], rtol=1e-5)
+
+
+def test_raw_gradients_accumulate_over_the_micro_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3))
+    parts = []
+    for batch in BATCHES[:3]:
+        twin = copy.deepcopy(model)
+        squared_error(twin, batch).backward()
+        parts.append(twin.get_parameter("0.weight").grad)
+    with observed(model) as lens:
+        frames = record(lens, sl.topic("raw_gradients"))
+        for batch in BATCHES[:3]:
+            squared_error(model, batch).backward()
+    assert points(frames) == [(0, 0), (0, 1), (0, 2)]
+    total = torch.zeros(3, 5)
+    for frame, part in zip(frames, parts, strict=True):
+        assert part is not None
+        total = total + part
+        torch.testing.assert_close(frame["0.weight"], total)
+
+
+def test_the_gradient_consumed_is_the_clipped_one_and_the_raw_one_is_not() -> None:
+    model = perceptron()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    steps = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[:2], squared_error, clip=0.01)
+    with observed(model) as lens:
+        consumed, raw = record(lens, sl.norm("parameter_gradients")), record(lens, sl.norm("raw_gradients"))
+        torch.manual_seed(1)
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error, clip=0.01)
+    assert_steps_equal(consumed, [norms(s.gradients) for s in steps], rtol=1e-5)
+    for clipped, unclipped in zip(consumed, raw, strict=True):
+        whole = sum(float(unclipped[layer]) ** 2 for layer in unclipped) ** 0.5
+        assert whole > 0.1
+        for layer in clipped:
+            assert float(clipped[layer]) == pytest.approx(float(unclipped[layer]) * 0.01 / whole, rel=1e-3)
+
+
+def test_leftover_accumulation_stays_open_across_the_epoch_and_spends_no_number() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        outputs, weights = record(lens, sl.topic("network_output")), record(lens, sl.topic("weights"))
+        for _ in lens.epochs(2):
+            for i, batch in enumerate(BATCHES[:3]):
+                squared_error(model, batch).backward()
+                if i % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert [(f.epoch, f.step, f.micro_step) for f in outputs] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 2, 0),
+    ]
+    assert [(f.epoch, f.step) for f in weights] == [(0, 0), (1, 1)]
+
+
+def with_epochs(lens: sl.Lens, epoch: Callable[[], object]) -> None:
+    for _ in lens.epochs(2):
+        epoch()
+
+
+def with_marks(lens: sl.Lens, epoch: Callable[[], object]) -> None:
+    for _ in range(2):
+        epoch()
+        lens.epoch_finished()
+
+
+@pytest.mark.parametrize("loop", [with_epochs, with_marks])
+def test_steps_go_on_counting_over_epochs(loop: Callable[[sl.Lens, Callable[[], object]], None]) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = record(lens, sl.norm("weights"))
+        loop(lens, lambda: train_by_hand(model, optimizer, BATCHES[:2], squared_error))
+        assert (lens.current_step, lens.epoch) == (4, 2)
+    assert [(f.epoch, f.step) for f in frames] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+
+
+def test_batches_end_an_epoch_each_time_they_are_exhausted() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = record(lens, sl.norm("weights"))
+        assert len(list(lens.batches(BATCHES[:2]))) == 2
+        for _ in range(2):
+            for batch in lens.batches(BATCHES[:2]):
+                train_by_hand(model, optimizer, [batch], squared_error)
+    assert [(f.epoch, f.step) for f in frames] == [(1, 0), (1, 1), (2, 2), (2, 3)]
+
+
+def test_batches_within_epochs_end_each_epoch_once() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        finished = record(lens, sl.topic("epoch_finished"))
+        for _ in lens.epochs(2):
+            for batch in lens.batches(BATCHES[:2]):
+                train_by_hand(model, optimizer, [batch], squared_error)
+    assert numbers(finished) == [0, 1]
+
+
+def test_without_being_told_the_epoch_stays_0() -> None:
+    model = perceptron()
+    with observed(model) as lens:
+        frames = record(lens, sl.norm("weights"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES, squared_error)
+    assert [f.epoch for f in frames] == [0] * 6
+
+
+def test_a_loop_without_an_optimizer_says_when_it_has_updated() -> None:
+    model = perceptron()
+    truth: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] = []
+    with observed(model) as lens:
+        weights, updates = record(lens, sl.topic("parameters")), record(lens, sl.topic("parameter_updates"))
+        reduced, outputs = record(lens, sl.norm("parameter_updates")), record(lens, sl.norm("activations"))
+        gradients = record(lens, sl.topic("parameter_gradients"))
+        for batch in BATCHES[:3]:
+            before = snapshot(model)
+            squared_error(model, batch).backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(0.1 * parameter.grad)
+            truth.append((before, snapshot(model), grads))
+            lens.step()
+            model.zero_grad()
+    assert_steps_equal(weights, [after for _, after, _ in truth])
+    assert_steps_equal(gradients, [grads for _, _, grads in truth])
+    changes = [{k: after[k] - before[k] for k in after} for before, after, _ in truth]
+    assert_steps_equal(updates, changes)
+    assert_steps_equal(reduced, [norms(c) for c in changes], rtol=1e-5)
+    assert points(outputs) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_paused_regions_emit_nothing_and_the_next_update_is_that_of_its_own_step() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = {name: record(lens, sl.topic(name)) for name in ALL_TOPICS}
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        with lens.paused():
+            train_by_hand(model, optimizer, BATCHES[1:3], squared_error)
+        assert {len(got) for got in frames.values()} == {1}
+        truth = train_by_hand(model, optimizer, BATCHES[3:4], squared_error)
+    assert {len(got) for got in frames.values()} == {2}
+    change = frames["weight_updates"][1]
+    for layer, value in of_role(truth[0].updates(), "weight").items():
+        assert torch.equal(change[layer], value)
+
+
+def test_a_paused_loop_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens, caplog.at_level(logging.WARNING, "streamlens"):
+        record(lens, sl.norm("weights"))
+        with lens.paused():
+            train_by_hand(model, optimizer, BATCHES, squared_error)
+    assert caplog.messages == []
+
+
+def test_pauses_nest() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = record(lens, sl.norm("weights"))
+        with lens.paused():
+            with lens.paused():
+                pass
+            train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        assert frames == []
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+    assert len(frames) == 1
+
+
+def test_observing_the_model_again_goes_on_counting_and_start_0_begins_anew() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen: list[list[tuple[int, int]]] = []
+    for options in ({}, {}, {"start": 0}):
+        with observed(model, **options) as lens:
+            frames = record(lens, sl.norm("weight_updates"))
+            train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+            lens.epoch_finished()
+        seen.append([(f.step, f.epoch) for f in frames])
+    assert seen == [[(0, 0), (1, 0)], [(2, 1), (3, 1)], [(0, 0), (1, 0)]]
+
+
+def test_steps_that_nobody_subscribed_to_count() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        train_by_hand(model, optimizer, BATCHES[:3], squared_error)
+        frames = record(lens, sl.topic("weight_updates"))
+        truth = train_by_hand(model, optimizer, BATCHES[3:5], squared_error)
+    assert_steps_equal(frames, [of_role(s.updates(), "weight") for s in truth], steps=[3, 4])
+
+
+def test_loading_weights_between_steps_makes_no_giant_update() -> None:
+    model, other = perceptron(), perceptron()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(100.0)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        raw, reduced = record(lens, sl.topic("weight_updates")), record(lens, sl.norm("weight_updates"))
+        train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+        model.load_state_dict(other.state_dict())
+        truth = train_by_hand(model, optimizer, BATCHES[2:3], squared_error)
+    change = of_role(truth[0].updates(), "weight")
+    assert all(torch.equal(raw[2][layer], value) for layer, value in change.items())
+    assert all(float(reduced[2][k]) == pytest.approx(float(v.norm()), rel=1e-5) for k, v in change.items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_weights_between_forward_and_update_is_no_part_of_the_update(assign: bool) -> None:
+    model, other = perceptron(), perceptron()
+    with torch.no_grad():
+        other.get_parameter("0.weight").add_(100.0)
+    with observed(model) as lens:
+        updates = record(lens, sl.norm("weight_updates"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        train_by_hand(model, optimizer, BATCHES[2:4], squared_error)
+    assert [f.step for f in updates] == [0, 1, 2, 3]
+    assert all(float(f["0"]) < 10 for f in updates)
+
+
+def test_a_model_moved_to_another_precision_goes_on() -> None:
+    model = perceptron()
+    with observed(model) as lens:
+        updates = record(lens, sl.norm("weight_updates"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error)
+        model.double()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        truth = train_by_hand(
+            model, optimizer, [(x.double(), y.double()) for x, y in BATCHES[2:4]], squared_error
+        )
+    wanted = [norms(of_role(s.updates(), "weight")) for s in truth]
+    assert_steps_equal(updates[2:], wanted, steps=[2, 3], rtol=1e-9)
+
+
+def test_a_backward_that_raises_is_over_with_the_next_forward() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *grads: Tensor) -> Tensor:
+            raise MemoryError("out of memory")
+
+    fails = cast("Callable[[Tensor], Tensor]", Fails.apply)
+    with observed(model) as lens:
+        gradients, outputs = record(lens, sl.norm("layer_gradients")), record(lens, sl.norm("activations"))
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        hidden = model(fails(BATCHES[1][0].clone().requires_grad_()))
+        with pytest.raises(MemoryError):
+            hidden.sum().backward()
+        optimizer.zero_grad()
+        train_by_hand(model, optimizer, BATCHES[2:4], squared_error)
+    assert points(gradients) == [(0, 0), (1, 1), (2, 0)]
+    assert {f.layers for f in gradients + outputs} == {("0", "1", "2", "3")}
+
+
+def grad_mode_off() -> AbstractContextManager[object]:
+    return torch.no_grad()
+
+
+def grad_mode_on() -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@pytest.mark.parametrize("wrap", [grad_mode_on, grad_mode_off])
+def test_counting_by_gradients_takes_eval_mode_and_leaves_out_no_grad(
+    wrap: Callable[[], AbstractContextManager[object]],
+) -> None:
+    model = perceptron().eval()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def loss_of(m: nn.Module, batch: Batch) -> Tensor:
+        with wrap():
+            m(batch[0])
+        return squared_error(m, batch)
+
+    with observed(model, count="grad") as lens:
+        frames = record(lens, sl.norm("activations"))
+        train_by_hand(model, optimizer, BATCHES[:2], loss_of)
+    repeats = {layer for f in frames for layer in f if "@" in layer}
+    assert {(f.step, f.micro_step) for f in frames} == {(0, 0), (1, 0)}
+    assert repeats == (set() if wrap is grad_mode_off else {"0@1", "1@1", "2@1", "3@1"})
+
+
+def test_a_loop_in_eval_mode_gets_one_warning_that_names_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    model = perceptron().eval()
+    with observed(model) as lens, caplog.at_level(logging.WARNING, "streamlens"):
+        weights, outputs = record(lens, sl.norm("weights")), record(lens, sl.norm("activations"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES, squared_error)
+    assert len(weights) == 6
+    assert outputs == []
+    assert len(caplog.messages) == 1
+    assert "count='grad'" in caplog.messages[0]
+
+
+def test_a_loop_in_training_mode_gets_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens, caplog.at_level(logging.WARNING, "streamlens"):
+        record(lens, sl.norm("weights"))
+        for batch in BATCHES:
+            train_by_hand(model, optimizer, [batch], squared_error)
+            evaluate_in_eval_mode_with_grad(model)
+    assert caplog.messages == []
+
+
+def test_a_disabled_run_emits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMLENS_DISABLED", "1")
+    model = perceptron()
+    with observed(model) as lens:
+        frames = [record(lens, sl.topic(name)) for name in ALL_TOPICS]
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error)
+    assert not any(frames)
