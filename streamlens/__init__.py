@@ -19,7 +19,8 @@ from streamlens.errors import (
     UnknownTopicError,
 )
 from streamlens.frame import Frame, Kind
-from streamlens.lens import Lens, observe
+from streamlens.lens import Lens
+from streamlens.observing import observe
 from streamlens.operators import *  # noqa: F403
 from streamlens.operators import __all__ as _operators
 from streamlens.runs import read_run

@@ -12,7 +12,7 @@ from streamlens.topics import Phase, topic_spec
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
-    from streamlens.runtime import Chain
+    from streamlens.chain import Chain
 
 __all__ = ["explain"]
 

@@ -1,11 +1,9 @@
-"""`observe()` and `Lens`: a view of what a run can emit, narrowed before anything is computed."""
+"""`Lens`: a view of what a run can emit, narrowed before anything is computed."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, ParamSpec, Self, TypeVar
@@ -14,165 +12,26 @@ import torch
 from reactivex import Observable, abc
 from reactivex.subject import Subject
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from streamlens.capture.clock import Clock
 from streamlens.capture.engine import Engine
-from streamlens.capture.orphans import close_orphans
-from streamlens.capture.root import engine_of
 from streamlens.capture.view import View
-from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError, did_you_mean
+from streamlens.chain import ErrorReport
+from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError
 from streamlens.frame import Frame, Kind
 from streamlens.layers import LayerSelector
-from streamlens.notebook import CellKey, current_cell
 from streamlens.reductions import Reduction
-from streamlens.runtime import Chain, ErrorReport, log
+from streamlens.session import Batches, Session
 from streamlens.stream import Stream
 from streamlens.topics import topic_spec
 
-__all__ = ["Lens", "observe"]
+__all__ = ["Lens"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-_clocks: Final[weakref.WeakKeyDictionary[nn.Module, Clock]] = weakref.WeakKeyDictionary()
-"""The clock belongs to the model: one that is observed again goes on counting."""
-
-_engines: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
-
 _EVERYTHING: Final = View()
 """The view that nothing has narrowed yet."""
-
-
-def observe(
-    model: nn.Module,
-    *,
-    loss: nn.Module | None = None,
-    optimizers: Sequence[Optimizer] | Optimizer | None = None,
-    count: str | None = None,
-    name: str = "",
-    start: int | None = None,
-    emits: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    on_error: str = "report",
-) -> Lens:
-    """Observe a model's training, whatever loop trains it.
-
-    Nothing is captured until something subscribes, and nothing that is captured changes the run.
-
-    Args:
-        model: Any `nn.Module`.
-        loss: The loss module, if losses and labels are wanted; for functions there is
-            `lens.watch_loss`.
-        optimizers: The optimizers whose steps together make one step. Optimizers are found by
-            themselves; naming them closes a step as soon as all of them have stepped.
-        count: Which forwards are training: `"training"` (the default) in training mode only,
-            `"grad"` any with gradients enabled, for those who train in eval mode.
-        name: A label that prefixes layers and topics in sinks, so that two models share one.
-        start: 0 begins the clock anew; a model that was observed before goes on counting.
-        emits: Topics that will come from `lens.emit()`, so that they can be selected before.
-        metadata: Whatever describes the run (hyper-parameters, data set), for sinks that store it.
-        on_error: `"report"` contains every failure; `"raise"` lets it through, for tests.
-
-    Returns:
-        A Lens with nothing selected.
-
-    Raises:
-        TypeError: `model` is no module, or an argument has the wrong type.
-        StreamlensError: The options contradict those of an earlier `observe` of this model.
-
-    Example:
-        >>> import streamlens as sl
-        >>> model = torch.nn.Linear(2, 1)
-        >>> with sl.observe(model) as lens:
-        ...     table = sl.sinks.Table()
-        ...     subscription = lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(table)
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"observe() needs a torch.nn.Module, got {type(model).__name__}: pass the network itself"
-        )
-    if loss is not None and not isinstance(loss, nn.Module):
-        raise TypeError(
-            f"observe(loss=...) needs an nn.Module, got {getattr(loss, '__name__', type(loss).__name__)}; "
-            "for a function write criterion = lens.watch_loss(function)"
-        )
-    for option, value, allowed in (
-        ("count", count, ("training", "grad")),
-        ("on_error", on_error, ("report", "raise")),
-    ):
-        if value is not None and value not in allowed:
-            hint = did_you_mean(str(value), allowed)
-            raise ValueError(
-                f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}"
-            )
-    if start not in (None, 0):
-        raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
-    if isinstance(optimizers, Optimizer):
-        optimizers = [optimizers]
-    close_orphans()
-    cell = current_cell()
-    engine = engine_of(model)
-    if engine is not None:
-        _close_rerun_cell(engine, cell)
-    if engine is None or engine.closed:
-        engine = Engine(model, count=count or "training", name=name, on_error=on_error, optimizers=optimizers)
-        _engines.add(engine)
-        if start is None and model in _clocks:
-            engine.clock.load_state_dict(_clocks[model].state_dict())
-        _clocks[model] = engine.clock
-    else:
-        _merge(engine, count, name, start, optimizers)
-        if on_error == "raise":
-            engine.on_error = on_error
-    if loss is not None and not engine.inert:
-        engine.losses.watch_module(loss)
-    engine.user_topics.update(dict.fromkeys(emits))
-    engine.extra_metadata.update(metadata or {})
-    session = Session(engine, cell)
-    engine.sessions.add(session)
-    return Lens(engine, session)
-
-
-def _merge(
-    engine: Engine,
-    count: str | None,
-    name: str,
-    start: int | None,
-    optimizers: Sequence[Optimizer] | None,
-) -> None:
-    """Bring a later `observe` of the same model together with the first."""
-    for option, new, old in (("count", count, engine.count), ("name", name or None, engine.name)):
-        if new is not None and new != old:
-            raise StreamlensError(
-                f"this model is observed already with {option}={old!r}, now {option}={new!r}: close the "
-                "earlier lens first, or leave the option out"
-            )
-    if start is not None:
-        raise StreamlensError(
-            f"observe(start={start}): this model is being observed; close its lens to begin the clock anew"
-        )
-    if optimizers is not None:
-        engine.updates.expect(optimizers)
-
-
-def _close_rerun_cell(engine: Engine, cell: CellKey | None) -> None:
-    """A notebook cell that runs again replaces the lens it made before."""
-    if cell is None:
-        return
-    for session in tuple(engine.sessions):
-        if session.cell is not None and session.cell.is_rerun(cell):
-            log.info("this notebook cell ran before: its earlier lens is closed")
-            session.close(timeout=5.0)
-
-
-@atexit.register
-def _close_all() -> None:
-    close_orphans()
-    for engine in list(_engines):
-        with contextlib.suppress(Exception):
-            engine.shut_down(timeout=10.0)
 
 
 def _kind_of(view: View) -> Kind | None:
@@ -189,48 +48,6 @@ def _under(name: str, frame: Frame) -> Frame:
 def _check_count(what: str, n: int) -> None:
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"{what}() needs a whole number of at least 0, got {n!r}")
-
-
-class _Batches(Iterable[T]):
-    """A loader whose end is the end of an epoch, unless `epochs()` sees to that."""
-
-    def __init__(self, lens: Lens, loader: Iterable[T]) -> None:
-        self._lens = lens
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[T]:
-        yield from self._loader
-        if not self._lens.engine.in_epochs:
-            self._lens.engine.end_epoch()
-
-
-class Session:
-    """One call of `observe`: what its lenses have subscribed, and whether it is closed."""
-
-    def __init__(self, engine: Engine, cell: CellKey | None) -> None:
-        self.engine = engine
-        self.cell = cell
-        self.closed = False
-
-    def chains(self) -> list[Chain]:
-        """The chains that were subscribed through this session."""
-        return [chain for chain in self.engine.chains if chain.session is self]
-
-    def close(self, timeout: float | None) -> bool:
-        """End this session's streams; the engine ends with its last session."""
-        if self.closed:
-            return True
-        self.closed = True
-        self.engine.sessions.discard(self)
-        if not self.engine.sessions:
-            return self.engine.shut_down(timeout)
-        for chain in self.chains():
-            if chain.complete is not None:
-                chain.complete()
-        return self.engine.flush(timeout)
 
 
 class Lens(Stream):
@@ -417,7 +234,7 @@ class Lens(Stream):
             loader: Anything that yields batches; its length is kept.
         """
         self._check_open()
-        return _Batches(self, loader)
+        return Batches(self.engine, loader)
 
     def epoch_finished(self) -> None:
         """Say that an epoch is over; closes the open step first if it had its update."""

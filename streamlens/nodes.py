@@ -14,9 +14,9 @@ from reactivex import Observable, abc
 from reactivex.disposable import CompositeDisposable
 from torch import Tensor
 
+from streamlens.chain import Mark, MarkKind, current_chain
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
-from streamlens.runtime import Mark, MarkKind, current_chain
 from streamlens.stream import Stream, as_stream
 
 __all__ = ["Emitted", "Node", "average_micro_steps", "forward", "frame_operator", "stateful"]

@@ -263,7 +263,12 @@ def _centred(pieces: Sequence[Tensor], _: Statistic) -> float:
     total = 0.0
     for piece in pieces:
         wide = _widen(piece) - mean
-        total += torch.dot(wide, wide).item()
+        part = torch.dot(wide, wide).item()
+        if (part < _TINY or part == math.inf) and piece.numel():
+            # As for sums of squares: the deviation may be in range where its square is not.
+            double = piece.double() - mean
+            part = torch.dot(double, double).item()
+        total += part
     return total
 
 

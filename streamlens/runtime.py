@@ -8,21 +8,20 @@ is pushed to or replayed is another; plain Observables share a default one.
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import threading
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from reactivex.subject import Subject
 
+from streamlens.chain import Chain, ErrorReport, Mark, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Frame, Lease
 
@@ -30,108 +29,12 @@ if TYPE_CHECKING:
     from streamlens.delivery import Delivery
     from streamlens.sink import RunInfo
 
-__all__ = [
-    "Cell",
-    "Chain",
-    "ErrorReport",
-    "Mark",
-    "MarkKind",
-    "Runtime",
-    "current_chain",
-    "default_runtime",
-]
+__all__ = ["Runtime", "default_runtime"]
 
 log: Final = logging.getLogger("streamlens")
 
 _REPEAT_AFTER: Final = 60.0
 """Seconds after which the same cause is logged again."""
-
-
-class MarkKind(enum.Enum):
-    """What a mark announces."""
-
-    UPDATE = "update"
-    """An optimizer stepped: the frames of its step's parameters follow."""
-    CLOSED = "closed"
-    """A step is over: nothing more of it, nor of an earlier one, will come."""
-    EPOCH = "epoch"
-    """An epoch is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A point in the run that operators with state may act on, in order with the frames."""
-
-    kind: MarkKind
-    step: int
-    epoch: int
-    micro_step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorReport:
-    """One failure that was kept away from training.
-
-    Attributes:
-        error: The exception.
-        where: The chain, sink, layer or hook it came from.
-        step: The step that was open.
-    """
-
-    error: Exception
-    where: str
-    step: int
-
-    def __str__(self) -> str:
-        return f"{self.where} at step {self.step}: {type(self.error).__name__}: {self.error}"
-
-
-class Cell(Protocol):
-    """The state of one operator within one subscription."""
-
-    @property
-    def plan(self) -> str:
-        """The operator as it shows in the plan."""
-        ...
-
-    @property
-    def skipped(self) -> int:
-        """Values that were skipped because they were NaN or infinite."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        ...
-
-
-@dataclass(eq=False)
-class Chain:
-    """One subscription: what was asked for, its state and what it has cost."""
-
-    plan: str
-    key: str
-    foreign: bool = False
-    ends_in: str = "callable"
-    cells: list[Cell] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    subscribing: bool = True
-    alive: bool = True
-    disposable: DisposableBase | None = None
-    complete: Callable[[], None] | None = None
-    session: object | None = None
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The state of every operator of the chain, upstream last."""
-        return [{"plan": cell.plan, "state": cell.state_dict()} for cell in self.cells]
-
-
-current_chain: ContextVar[Chain | None] = ContextVar("streamlens_chain", default=None)
-"""The chain that is being subscribed: operators register their state cells and demands with it."""
 
 
 @dataclass(slots=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from reactivex import ConnectableObservable, Observable, abc
 from reactivex.disposable import Disposable
 
+from streamlens.chain import Chain, current_chain
 from streamlens.frame import Frame, Kind
-from streamlens.runtime import Chain, Runtime, current_chain, default_runtime
+from streamlens.runtime import Runtime, default_runtime
 from streamlens.sink import Sink
 
 if TYPE_CHECKING:

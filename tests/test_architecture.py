@@ -18,9 +18,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a module imports from its own floor and from those below it.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "frame"}),
-    frozenset({"layers", "nodes", "notebook", "reductions", "runtime", "sink", "stream", "topics"}),
+    frozenset({"chain", "layers", "nodes", "notebook", "reductions", "runtime", "sink", "stream", "topics"}),
     frozenset({"capture", "delivery", "runs"}),
-    frozenset({"distributed", "explain", "lens"}),
+    frozenset({"distributed", "explain", "lens", "observing", "session"}),
     frozenset({"operators"}),
     frozenset({"control", "plugins", "sinks", "sources"}),
     frozenset({"integrations", "views"}),

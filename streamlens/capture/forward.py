@@ -9,14 +9,15 @@ whole backward has run, on the thread that called it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamlens.capture.hooks import Hook, first_tensor
+from streamlens.capture.hooks import first_tensor
+from streamlens.capture.pass_hooks import AccumulateHook, GradientHook, ModuleHook, PartBegins, PartEnds
+from streamlens.capture.pass_plan import PASS_TOPICS, PassOutput, PassPlan, compile_pass, layers_by_topic
 from streamlens.capture.table import Needs, Table
 from streamlens.errors import OverwrittenActivationError
 from streamlens.frame import Frame, Kind, Lease
@@ -26,28 +27,7 @@ if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
 
-__all__ = ["ForwardCapture", "PassPlan"]
-
-_SIDES: Final = ("activations", "layer_gradients", "raw_gradients")
-
-
-@dataclass(eq=False)
-class _Output:
-    """One (topic, reduction) over one set of layers, and who asked for it."""
-
-    topic: str
-    reduction: Reduction | None
-    wanted: frozenset[str] | None
-    demands: list[Demand] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class PassPlan:
-    """What a pass has to take: compiled once for a set of due demands."""
-
-    outputs: dict[str, list[_Output]]
-    needs: dict[str, dict[str, Needs]]
-    raw: dict[str, frozenset[str]]
+__all__ = ["ForwardCapture"]
 
 
 class _Side:
@@ -90,7 +70,7 @@ class ForwardCapture:
 
     def begin_pass(self, due: Sequence[Demand]) -> None:
         """A new micro-step begins, for which these demands are due."""
-        self._sides = {side: _Side() for side in _SIDES}
+        self._sides = {side: _Side() for side in PASS_TOPICS}
         self._repeated = {}
         self._batch_calls = {}
         self.provisional.clear()
@@ -101,43 +81,8 @@ class ForwardCapture:
         if plan is None:
             if len(self._plans) > 256:
                 self._plans.clear()
-            plan = self._plans[key] = self._compile(due)
+            plan = self._plans[key] = compile_pass(due, self._engine.index)
         self.plan = plan
-
-    def _compile(self, due: Sequence[Demand]) -> PassPlan:
-        outputs: dict[str, list[_Output]] = {}
-        needs: dict[str, dict[str, Needs]] = {side: {} for side in _SIDES}
-        raw: dict[str, frozenset[str]] = {}
-        names = self._names()
-        for topic in _SIDES:
-            found: dict[tuple[Reduction | None, frozenset[str] | None], _Output] = {}
-            wants: dict[str, list[Reduction]] = {}
-            for demand in due:
-                if topic in demand.view.topics:
-                    key = (demand.view.reduction, demand.layers.get(topic))
-                    output = found.setdefault(key, _Output(topic, *key))
-                    output.demands.append(demand)
-            outputs[topic] = list(found.values())
-            untouched: set[str] = set()
-            for output in outputs[topic]:
-                chosen = output.wanted if output.wanted is not None else names[topic]
-                if output.reduction is None:
-                    untouched |= chosen
-                else:
-                    for name in chosen:
-                        wants.setdefault(name, []).append(output.reduction)
-            needs[topic] = {name: Needs.of(reductions) for name, reductions in wants.items()}
-            raw[topic] = frozenset(untouched)
-        return PassPlan(outputs, needs, raw)
-
-    def _names(self) -> dict[str, frozenset[str]]:
-        index = self._engine.index
-        modules = frozenset(index.default_modules())
-        return {
-            "activations": modules,
-            "layer_gradients": modules,
-            "raw_gradients": frozenset(entry.name for entry in index.entries),
-        }
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -148,12 +93,12 @@ class ForwardCapture:
             demands: All demands of the run.
             parts: Whether any part may be the outermost module called.
         """
-        wanted: dict[str, set[str]] = {side: set() for side in _SIDES}
+        wanted: dict[str, set[str]] = {side: set() for side in PASS_TOPICS}
         for demand in demands:
             for topic in demand.view.topics:
                 if topic in wanted:
                     layers = demand.layers.get(topic)
-                    wanted[topic] |= self._names()[topic] if layers is None else layers
+                    wanted[topic] |= layers_by_topic(self._engine.index)[topic] if layers is None else layers
         taps = wanted["activations"] | wanted["layer_gradients"]
         index = self._engine.index
         for handles in self._handles.values():
@@ -163,22 +108,22 @@ class ForwardCapture:
         for name, module in index.modules.items():
             if name in taps:
                 # The model's own comes before the hook that ends the forward.
-                tap = module.register_forward_hook(_ModuleHook(self._engine, name), prepend=not name)
+                tap = module.register_forward_hook(ModuleHook(self._engine, name), prepend=not name)
                 self._handles[name] = [tap]
             if parts and name:
                 self._handles.setdefault(name, []).extend(self._part_hooks(name, module))
         for handle in self._parameter_handles:
             handle.remove()
         self._parameter_handles = [
-            entry.parameter.register_post_accumulate_grad_hook(_AccumulateHook(self._engine))
+            entry.parameter.register_post_accumulate_grad_hook(AccumulateHook(self._engine))
             for entry in index.entries
             if entry.name in wanted["raw_gradients"] and entry.parameter.requires_grad
         ]
 
     def _part_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         return [
-            module.register_forward_pre_hook(_PartBegins(self._engine, name), with_kwargs=True),
-            module.register_forward_hook(_PartEnds(self._engine, name), always_call=True),
+            module.register_forward_pre_hook(PartBegins(self._engine, name), with_kwargs=True),
+            module.register_forward_hook(PartEnds(self._engine, name), always_call=True),
         ]
 
     def remove(self) -> None:
@@ -225,7 +170,7 @@ class ForwardCapture:
                 side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
         if (need_gradient or name in plan.raw["layer_gradients"]) and tensor.requires_grad:
             place = tensor.output_nr if tensor.grad_fn is not None else 0
-            hook = _GradientHook(self._engine, name, key, self._engine.clock.passes, place)
+            hook = GradientHook(self._engine, name, key, self._engine.clock.passes, place)
             self.hook_tensor(tensor, hook)
 
     def hook_tensor(self, tensor: Tensor, hook: Callable[[tuple[Tensor | None, ...]], None]) -> None:
@@ -255,7 +200,7 @@ class ForwardCapture:
         if torch.is_grad_enabled():
             self.provisional.add(key)
         else:
-            self._engine.backward_begins()
+            self._engine.passes.backward_begins()
             if key in side.calls:
                 self._engine.counts["repeated_backward"] += 1
                 return
@@ -298,7 +243,7 @@ class ForwardCapture:
         self._engine.post_frames(frames, lease)
 
     def _frame(
-        self, topic: str, output: _Output, keys: tuple[str, ...], side: _Side, lease: Lease
+        self, topic: str, output: PassOutput, keys: tuple[str, ...], side: _Side, lease: Lease
     ) -> Frame | None:
         engine = self._engine
         if output.reduction is not None:
@@ -413,87 +358,3 @@ class ForwardCapture:
 
 
 _MODEL: Final = ("",)
-
-
-class _ModuleHook(Hook):
-    """Forward hook of a module whose output somebody wants."""
-
-    __slots__ = ("engine", "name")
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.engine.in_forward:
-            self.engine.guard(self.engine.forward.output_of, self.name, output)
-
-
-class _PartBegins(Hook):
-    """Forward pre-hook of a part, which may be the outermost module that is called."""
-
-    __slots__ = ("engine", "name")
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.engine.in_forward and self.engine.outside is None:
-            self.engine.guard(self.engine.forward_begins, module, self.name, args, kwargs)
-
-
-class _PartEnds(Hook):
-    """Forward hook of a part; does something only if that part began the forward."""
-
-    __slots__ = ("engine", "name")
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.engine.outside == self.name:
-            self.engine.outside = None
-        elif self.engine.forward.opener == self.name and self.engine.in_forward:
-            self.engine.guard(self.engine.forward_ends, output)
-
-
-class _GradientHook:
-    """Hook of a module's output; must not hold that output, or autograd would keep both."""
-
-    __slots__ = ("engine", "key", "name", "passes", "place")
-
-    def __init__(self, engine: Engine, name: str, key: str, passes: int, place: int) -> None:
-        self.engine = engine
-        self.name = name
-        self.key = key
-        self.passes = passes
-        self.place = place
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        engine = self.engine
-        gradient = gradients[self.place]
-        if gradient is not None and not engine.closed:
-            engine.guard(engine.forward.gradient_of, self.name, self.key, self.passes, gradient)
-
-
-class _AccumulateHook(Hook):
-    """Hook of a parameter whose raw gradient somebody wants: a backward is running."""
-
-    __slots__ = ("engine",)
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def __call__(self, parameter: Tensor) -> None:
-        if not self.engine.closed:
-            self.engine.guard(self.engine.backward_begins)
-
-
-def after_backward(callback: Callable[[], None]) -> bool:
-    """Call `callback` when the backward under way has ended, on the thread that called it."""
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-    return True

@@ -78,9 +78,9 @@ class LossCapture:
         """A watched loss has returned."""
         engine = self._engine
         value = first_tensor(result)
-        if value is None or not value.requires_grad or not engine.loss_counts():
+        if value is None or not value.requires_grad or not engine.passes.loss_counts():
             return
-        engine.watch_backward(value)
+        engine.passes.watch_backward(value)
         labels = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
         self.take(name, value)
         target = first_tensor(labels) if labels is not None else None

@@ -53,8 +53,8 @@ class _RootBegins(Hook):
         self.engine = engine
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.engine.in_forward:
-            self.engine.guard(self.engine.forward_begins, module, "", args, kwargs)
+        if not self.engine.passes.in_forward:
+            self.engine.guard(self.engine.passes.forward_begins, module, "", args, kwargs)
 
 
 class _RootEnds(Hook):
@@ -66,7 +66,7 @@ class _RootEnds(Hook):
         self.engine = engine
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.engine.outside == "":
-            self.engine.outside = None
-        elif self.engine.in_forward and self.engine.forward.opener == "":
-            self.engine.guard(self.engine.forward_ends, output, kwargs)
+        if self.engine.passes.outside == "":
+            self.engine.passes.outside = None
+        elif self.engine.passes.in_forward and self.engine.forward.opener == "":
+            self.engine.guard(self.engine.passes.forward_ends, output, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from streamlens.capture.optimizers import OptimizerInfo
 from streamlens.capture.parameters import ParameterCapture
+from streamlens.capture.partners import Partners, Reduced
 from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
+from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame, Kind, Lease
-from streamlens.runtime import Mark, MarkKind
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -40,18 +41,7 @@ class _Call:
     lease: Lease | None = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     overflow: Tensor | None = None
-    waits: bool = False
     skipped: bool = False
-
-
-@dataclass(eq=False)
-class _Part:
-    """What one optimizer contributed to a reduced frame that waits for its partners."""
-
-    output: Output
-    keys: tuple[Any, ...]
-    layers: tuple[str, ...]
-    values: Tensor
 
 
 class UpdateCapture:
@@ -66,13 +56,10 @@ class UpdateCapture:
         if expected is not None:
             self.expect(expected)
         self._call: _Call | None = None
-        self._stepped: list[OptimizerInfo] = []
-        self._partners: dict[int, set[int]] = {}
-        self._held: dict[Any, list[_Part]] = {}
+        self._partners = Partners(engine)
         self._manual: OptimizerInfo | None = None
         self._examples = 0
         self._last_update: float | None = None
-        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def _failed(self, where: Hashable, error: Exception) -> None:
         """Report what failed; a parameter given by its place in the model is named."""
@@ -137,7 +124,7 @@ class UpdateCapture:
         """Let go of everything."""
         self._parameters.reset()
         self._parameters.drop_copies()
-        self._held.clear()
+        self._partners.drop()
         self._infos.clear()
         if self._call is not None and self._call.lease is not None:
             self._call.lease.end()
@@ -168,7 +155,7 @@ class UpdateCapture:
         info = self._infos[optimizer]
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
-            if info in self._stepped or (closure is not None and engine.clock.updated):
+            if info in self._partners.stepped or (closure is not None and engine.clock.updated):
                 engine.close_step()
             return None
         if self._call is not None and self._call.lease is not None:
@@ -178,7 +165,7 @@ class UpdateCapture:
         wrapped: list[Callable[[], Any]] = []
 
         def prepare() -> None:
-            if info in self._stepped or (closure is not None and engine.clock.updated):
+            if info in self._partners.stepped or (closure is not None and engine.clock.updated):
                 engine.close_step()
             found = getattr(optimizer, "found_inf", None)
             if isinstance(found, Tensor):
@@ -206,7 +193,7 @@ class UpdateCapture:
         return any(demand.at_update for demand in self._engine.due_now)
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
-        unowned = frozenset() if self._stepped else self._unowned()
+        unowned = frozenset() if self._partners.stepped else self._unowned()
         return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
 
     def _first_evaluation(
@@ -233,7 +220,7 @@ class UpdateCapture:
         engine = self._engine
         if isinstance(result, Tensor) and not engine.losses.watched and engine.clock.counted:
             engine.losses.take_if_none("loss", result)
-        engine.flush_pass()
+        engine.passes.flush()
         if call.plan is not None and call.gradients is None:
             self._take_gradients(call, optimizer)
 
@@ -272,7 +259,7 @@ class UpdateCapture:
         if self._manual is None:
             self._manual = OptimizerInfo.by_hand(engine.index)
         info = self._manual
-        if info in self._stepped:
+        if info in self._partners.stepped:
             engine.close_step()
         call = _Call(info)
         if not engine.silent and self._due():
@@ -289,14 +276,14 @@ class UpdateCapture:
             return
         clock = engine.clock
         if not engine.silent and not engine.idle:
-            engine.flush_pass()
+            engine.passes.flush()
         ended = clock.batch if clock.in_pass else None
         clock.end_pass()
         if optimizer is not None and not clock.counted and not engine.silent:
-            engine.update_without_forward()
+            engine.passes.update_without_forward()
         clock.updated = True
-        self._stepped.append(info)
-        elapsed = self._time_of_step() if len(self._stepped) == 1 else None
+        self._partners.stepped.append(info)
+        elapsed = self._time_of_step() if len(self._partners.stepped) == 1 else None
         keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
             self._parameters.invalidate(info.entries)
@@ -315,7 +302,6 @@ class UpdateCapture:
     ) -> None:
         engine, plan = self._engine, call.plan
         assert plan is not None
-        call.waits = self._waiting()
         lease = call.lease or Lease()
         if any(t._version != version for t, version in call.versions):
             # The optimizer worked on the gradients in place: what was lent is no longer true.
@@ -336,18 +322,19 @@ class UpdateCapture:
         if optimizer is not None and Facet.STATE in plan.outputs:
             states = self._parameters.states(plan, optimizer)
             sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
+        reduced: list[Reduced] = [(output, output.orders, rates) for output, rates in call.rates]
         for output, table, tensors in sources:
-            if output.reduction is None:
-                if call.overflow is None:
-                    frame = self._raw(output, tensors, lease)
-                    if frame is not None:
-                        frames.append(frame)
-            else:
+            if output.reduction is not None:
                 found = table.finish(output.reduction, output.orders)
                 if found is not None:
-                    self._part(output, *found, call, frames)
-        for output, rates in call.rates:
-            self._part(output, output.orders, rates, call, frames)
+                    reduced.append((output, *found))
+            elif call.overflow is None:
+                frame = self._raw(output, tensors, lease)
+                if frame is not None:
+                    frames.append(frame)
+        if call.overflow is not None:
+            reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
+        frames += self._partners.gather(reduced, self.optimizers)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         self._emit_times(elapsed, ended)
@@ -377,80 +364,23 @@ class UpdateCapture:
         held = [(key, tensors[o]) for key, o in zip(output.keys, output.orders, strict=True) if o in tensors]
         if not held:
             return None
-        layers = self._interned(tuple(key for key, _ in held))
+        layers = self._partners.interned(key for key, _ in held)
         frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
         return output.demands, frame
 
-    # -- several optimizers ------------------------------------------------------------------
-
-    def _part(
-        self,
-        output: Output,
-        keys: tuple[Any, ...],
-        values: Tensor,
-        call: _Call,
-        frames: list[tuple[Sequence[Demand], Frame]],
-    ) -> None:
-        """Add a reduced frame to the burst, or hold it until the optimizer's partners have stepped."""
-        if call.overflow is not None:
-            values = torch.where(call.overflow.to(values.device) > 0, torch.nan, values)
-        layers = output.keys
-        if keys != output.orders:
-            place = dict(zip(output.orders, output.keys, strict=True))
-            layers = self._interned(tuple(place[k] for k in keys))
-        if not self._held and not call.waits:
-            frames.append((output.demands, self._reduced(output, layers, values)))
-            return
-        part = _Part(output, keys, layers, values)
-        held = self._held.setdefault(output.group, [])
-        held.append(part)
-        if not call.waits:
-            del self._held[output.group]
-            frames.append((output.demands, self._merge(held)))
-
-    def _waiting(self) -> bool:
-        """Whether an optimizer that usually steps with those that have is still to come."""
-        if not self._partners:
-            return False
-        stepped = {info.serial for info in self._stepped}
-        partners = set().union(*(self._partners.get(s, set()) for s in stepped))
-        return bool((partners - stepped) & {info.serial for info in self.optimizers})
-
-    def _merge(self, parts: list[_Part]) -> Frame:
-        first = parts[0]
-        layers, values = first.layers, first.values
-        if len(parts) > 1:
-            # Parts come in the order of the optimizers' steps; layers go in model order.
-            entries = [(k, layer) for p in parts for k, layer in zip(p.keys, p.layers, strict=True)]
-            order = sorted(range(len(entries)), key=lambda i: entries[i][0])
-            values = torch.cat([p.values for p in parts])
-            if order != list(range(len(order))):
-                values = torch.stack([values[i] for i in order])
-            layers = self._interned(tuple(entries[i][1] for i in order))
-        return self._reduced(first.output, layers, values)
-
-    def _reduced(self, output: Output, layers: tuple[str, ...], values: Tensor) -> Frame:
-        name = output.spec.name + (f".{output.reduction.name}" if output.reduction is not None else "")
-        components = output.reduction.components if output.reduction is not None else ()
-        return self._engine.frame(name, layers, values, components=components)
+    # -- the end of a step -------------------------------------------------------------------
 
     def release(self) -> None:
-        """The step closes: emit what still waited, and note who stepped together."""
-        held, self._held = self._held, {}
-        if held:
-            self._engine.post_frames(
-                [(parts[0].output.demands, self._merge(parts)) for parts in held.values()]
-            )
-        if len(self._stepped) > 1:
-            stepped = {info.serial for info in self._stepped}
-            for serial in stepped:
-                self._partners.setdefault(serial, set()).update(stepped - {serial})
-        self._stepped = []
+        """The step closes: emit what still waited for other optimizers."""
+        frames = self._partners.close_step()
+        if frames:
+            self._engine.post_frames(frames)
 
     def _complete(self) -> bool:
-        stepped = {id(info.optimizer) for info in self._stepped}
+        stepped = {id(info.optimizer) for info in self._partners.stepped}
         return self._expected is not None and all(id(o) in stepped for o in self._expected)
 
-    def _interned(self, layers: Iterable[str]) -> tuple[str, ...]:
-        layers = tuple(layers)
-        return self._layer_tuples.setdefault(layers, layers)
+
+def _masked(values: Tensor, overflow: Tensor) -> Tensor:
+    """NaN where the step was none, which only the device knows."""
+    return torch.where(overflow.to(values.device) > 0, torch.nan, values)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from streamlens.chain import Chain
 from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
-from streamlens.runtime import Chain
 from streamlens.topics import Facet, Phase, topic_spec
 
 __all__ = ["Demand", "View"]

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from streamlens.runtime import default_runtime
+
+# Time on a shared machine says nothing; what an example costs is looked at in the benchmarks.
+settings.register_profile("operators", deadline=None, max_examples=60)
+settings.load_profile("operators")
 
 
 @pytest.fixture(autouse=True, scope="module")

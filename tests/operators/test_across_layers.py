@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from reactivex import operators as ops
 from torch import nn
 
+from streamlens import observe
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
-from streamlens.lens import observe
 from streamlens.operators import across_layers, mean, norm, topic
 from tests.operators.support import NUMBERS, assert_same, flat, frame, ragged, run
 from tests.operators.test_window import NAMED

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reactivex.subject import Subject
 
+from streamlens import observe
 from streamlens.frame import Frame
-from streamlens.lens import observe
 from streamlens.operators import every, per_epoch, topic
 from tests.operators.support import (
     Run,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reactivex.subject import Subject
 from torch import Tensor
 
+from streamlens import observe
 from streamlens.frame import Frame, Kind
-from streamlens.lens import observe
 from streamlens.operators import every, norm, topic, window
 from streamlens.stream import Operator
 from tests.operators.support import (

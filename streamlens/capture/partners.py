@@ -1,0 +1,128 @@
+"""`Partners`: optimizers that step together, whose parts of one topic make one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from streamlens.capture.optimizers import OptimizerInfo
+from streamlens.capture.plan import Output
+from streamlens.frame import Frame
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
+
+__all__ = ["Partners", "Reduced"]
+
+Reduced = tuple[Output, tuple[Any, ...], Tensor]
+"""A reduction's values: what was asked for, the parameters that have it, and the values."""
+
+
+@dataclass(eq=False)
+class _Part:
+    """What one optimizer contributed to a reduced frame that waits for its partners."""
+
+    output: Output
+    keys: tuple[Any, ...]
+    layers: tuple[str, ...]
+    values: Tensor
+
+
+class Partners:
+    """Who has stepped in the open step, and what waits for those that usually step with them.
+
+    Optimizers that have stepped together in one step are partners from then on: a reduced frame waits
+    for them, until the step closes. Others add a second frame with layers of their own.
+
+    Attributes:
+        stepped: The optimizers that have stepped in the open step, in order.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.stepped: list[OptimizerInfo] = []
+        self._known: dict[int, set[int]] = {}
+        self._held: dict[Any, list[_Part]] = {}
+        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def gather(
+        self, reduced: Iterable[Reduced], alive: Iterable[OptimizerInfo]
+    ) -> list[tuple[Sequence[Demand], Frame]]:
+        """The frames that can be emitted now.
+
+        Args:
+            reduced: What the optimizer that has just stepped contributes.
+            alive: The optimizers that still exist.
+        """
+        waits = self._missing(alive)
+        if not self._held and not waits:
+            return [
+                (output.demands, self._frame(output, self._layers(output, keys), values))
+                for output, keys, values in reduced
+            ]
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        for output, keys, values in reduced:
+            held = self._held.setdefault(output.group, [])
+            held.append(_Part(output, keys, self._layers(output, keys), values))
+            if not waits:
+                del self._held[output.group]
+                frames.append((output.demands, self._merge(held)))
+        return frames
+
+    def close_step(self) -> list[tuple[Sequence[Demand], Frame]]:
+        """The step closes: what still waited comes without the layers that nobody updated."""
+        held, self._held = self._held, {}
+        frames: list[tuple[Sequence[Demand], Frame]] = [
+            (parts[0].output.demands, self._merge(parts)) for parts in held.values()
+        ]
+        if len(self.stepped) > 1:
+            serials = {info.serial for info in self.stepped}
+            for serial in serials:
+                self._known.setdefault(serial, set()).update(serials - {serial})
+        self.stepped = []
+        return frames
+
+    def drop(self) -> None:
+        """Let go of what waits."""
+        self._held.clear()
+
+    def _missing(self, alive: Iterable[OptimizerInfo]) -> bool:
+        """Whether a partner of those that have stepped is still to come."""
+        if not self._known:
+            return False
+        stepped = {info.serial for info in self.stepped}
+        partners: set[int] = set().union(*(self._known.get(s, set()) for s in stepped))
+        return bool((partners - stepped) & {info.serial for info in alive})
+
+    def _merge(self, parts: Sequence[_Part]) -> Frame:
+        first = parts[0]
+        if len(parts) == 1:
+            return self._frame(first.output, first.layers, first.values)
+        # Parts come in the order of the optimizers' steps; layers go in model order.
+        entries = [(k, layer) for p in parts for k, layer in zip(p.keys, p.layers, strict=True)]
+        order = sorted(range(len(entries)), key=lambda i: entries[i][0])
+        values = torch.cat([p.values for p in parts])
+        if order != list(range(len(order))):
+            values = torch.stack([values[i] for i in order])
+        return self._frame(first.output, self.interned(entries[i][1] for i in order), values)
+
+    def _layers(self, output: Output, keys: tuple[Any, ...]) -> tuple[str, ...]:
+        if keys == output.orders:
+            return output.keys
+        place = dict(zip(output.orders, output.keys, strict=True))
+        return self.interned(place[k] for k in keys)
+
+    def _frame(self, output: Output, layers: tuple[str, ...], values: Tensor) -> Frame:
+        name = output.spec.name + (f".{output.reduction.name}" if output.reduction is not None else "")
+        components = output.reduction.components if output.reduction is not None else ()
+        return self._engine.frame(name, layers, values, components=components)
+
+    def interned(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """The one tuple of these layers, which is what operators compare first."""
+        found = tuple(layers)
+        return self._layer_tuples.setdefault(found, found)

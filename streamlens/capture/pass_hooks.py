@@ -1,0 +1,130 @@
+"""The hooks on parts of the model, on outputs and on parameters, that a pass is watched through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamlens.capture.hooks import Hook
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+
+__all__ = [
+    "AccumulateHook",
+    "BackwardHook",
+    "GradientHook",
+    "ModuleHook",
+    "PartBegins",
+    "PartEnds",
+    "after_backward",
+]
+
+
+class ModuleHook(Hook):
+    """Forward hook of a module whose output somebody wants."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The module has returned."""
+        if self.engine.passes.in_forward:
+            self.engine.guard(self.engine.forward.output_of, self.name, output)
+
+
+class PartBegins(Hook):
+    """Forward pre-hook of a part, which may be the outermost module that is called."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The part is called."""
+        if not self.engine.passes.in_forward and self.engine.passes.outside is None:
+            self.engine.guard(self.engine.passes.forward_begins, module, self.name, args, kwargs)
+
+
+class PartEnds(Hook):
+    """Forward hook of a part; does something only if that part began the forward."""
+
+    __slots__ = ("engine", "name")
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The part has returned, or raised."""
+        if self.engine.passes.outside == self.name:
+            self.engine.passes.outside = None
+        elif self.engine.forward.opener == self.name and self.engine.passes.in_forward:
+            self.engine.guard(self.engine.passes.forward_ends, output)
+
+
+class GradientHook:
+    """Hook of a module's output; must not hold that output, or autograd would keep both."""
+
+    __slots__ = ("engine", "key", "name", "passes", "place")
+
+    def __init__(self, engine: Engine, name: str, key: str, passes: int, place: int) -> None:
+        self.engine = engine
+        self.name = name
+        self.key = key
+        self.passes = passes
+        self.place = place
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """The gradients of the node have been computed."""
+        engine = self.engine
+        gradient = gradients[self.place]
+        if gradient is not None and not engine.closed:
+            engine.guard(engine.forward.gradient_of, self.name, self.key, self.passes, gradient)
+
+
+class AccumulateHook(Hook):
+    """Hook of a parameter whose raw gradient somebody wants: a backward is running."""
+
+    __slots__ = ("engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(self, parameter: Tensor) -> None:
+        """A gradient has been added to the parameter's."""
+        if not self.engine.closed:
+            self.engine.guard(self.engine.passes.backward_begins)
+
+
+class BackwardHook:
+    """Hook of an output or a loss: a backward through this pass begins."""
+
+    __slots__ = ("engine", "passes")
+
+    def __init__(self, engine: Engine, passes: int) -> None:
+        self.engine = engine
+        self.passes = passes
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """The backward has reached the output."""
+        # A gradient with a graph of its own (`create_graph=True`: a gradient penalty, a differential
+        # equation) is on the way to the loss, and ends nothing.
+        if not self.engine.closed and not torch.is_grad_enabled():
+            self.engine.guard(self.engine.passes.backward_begins, self.passes)
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Call `callback` when the backward under way has ended, on the thread that called it."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+    return True

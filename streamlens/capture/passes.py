@@ -1,0 +1,218 @@
+"""`PassWatch`: which forwards and backwards are training, where they begin and where they end."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamlens.capture.hooks import first_tensor, tensors_in
+from streamlens.capture.losses import loss_of_output
+from streamlens.capture.pass_hooks import BackwardHook, after_backward
+from streamlens.frame import Kind
+from streamlens.runtime import log
+from streamlens.topics import TOPICS
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+
+__all__ = ["PassWatch"]
+
+_PASS_TOPICS = frozenset(spec.name for spec in TOPICS.values() if spec.kind is Kind.MICRO_STEP)
+"""What is taken in forward and backward."""
+
+_MOST_OUTPUTS = 16
+"""Tensors of a model's output that are watched for a backward."""
+
+
+class PassWatch:
+    """Told by hooks where a forward or backward begins and ends; decides what counts.
+
+    Attributes:
+        in_forward: Whether a counted forward is running.
+        outside: The module whose uncounted forward is running, if any.
+        watches_passes: Whether anything of forward or backward is wanted.
+        parts_needed: Whether updates come without the model itself being called.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.in_forward = False
+        self.outside: str | None = None
+        self.watches_passes = False
+        self.parts_needed = False
+        self._watches_input = False
+        self._last_counted = False
+        self._late_output: Tensor | None = None
+        self._grad_forward_seen = False
+        self._pid = os.getpid()
+
+    def reset(self) -> None:
+        """The demands have changed."""
+        self.watches_passes = self._engine.wanted(_PASS_TOPICS)
+        self._watches_input = self._engine.wanted(("input_data", "examples_per_second"))
+
+    # -- the forward -------------------------------------------------------------------------
+
+    def counts_forward(self, module: nn.Module) -> bool:
+        """Whether a forward that begins now is training."""
+        if self._engine.silent or os.getpid() != self._pid or torch._C._current_graph_task_id() != -1:
+            return False
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        if not torch.is_grad_enabled():
+            return False
+        if not module.training:
+            self._grad_forward_seen = True
+        return module.training or self._engine.count == "grad"
+
+    def forward_begins(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> None:
+        """The model (or, where it is never called, a part) is called."""
+        if not self.counts_forward(module):
+            # Its parts do not count either, though some may be in training mode.
+            self.outside = name
+            if not self._engine.silent:
+                self._last_counted = False
+            return
+        clock = self._engine.clock
+        if clock.updated:
+            self._engine.close_step()
+        if self._engine.idle:
+            clock.begin_pass()
+            self._last_counted = True
+            self.in_forward = True
+            self._engine.forward.opener = name
+            return
+        if self._engine.index.uninitialized or (clock.passes & 63 == 0 and self._engine.index.stale()):
+            self._engine.rebuild_index()
+        if self._engine.forward.in_backward:
+            # Within a backward no forward counts: that one raised, and its pass is over.
+            self._engine.forward.in_backward = False
+            clock.end_pass()
+        fresh = clock.begin_pass()
+        self._last_counted = True
+        self.in_forward = True
+        self._engine.forward.opener = name
+        if fresh:
+            if self.watches_passes:
+                self._engine.forward.begin_pass(self._engine.due_now)
+                self._engine.losses.begin_pass()
+            self._engine.updates.pass_begins()
+            self._engine.emit_index("batch_started", clock.batch)
+        # Of parts called one after the other, the first has the batch.
+        if self._watches_input and self._engine.due_now and (fresh or not name):
+            data = first_tensor(args) if args else None
+            data = data if data is not None else first_tensor(kwargs)
+            if data is not None:
+                self._engine.updates.count_examples(data)
+                self._engine.forward.measure_batch("input_data", data, self._engine.due_now)
+
+    def forward_ends(self, output: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+        """The module that began the forward returns; None if it raised."""
+        self.in_forward = False
+        rooted = not self._engine.forward.opener
+        self._engine.forward.opener = None
+        if output is None or self._engine.idle or self._engine.silent:
+            if self.watches_passes and sys.exc_info()[0] is not None:
+                # It raised: what was gathered on the way belongs to nothing.
+                self._engine.forward.begin_pass(self._engine.due_now)
+            return
+        if isinstance(output, Tensor):
+            self.watch_backward(output)
+        else:
+            for tensor in itertools.islice(tensors_in(output), _MOST_OUTPUTS):
+                self.watch_backward(tensor)
+        due = self._engine.due_now
+        if not due or not self.watches_passes:
+            return
+        result = first_tensor(output)
+        if result is not None and rooted:
+            self._engine.forward.measure_batch("network_output", result, due)
+        elif result is not None and "network_output" in self._engine.topics:
+            # Of parts called one after the other, the last has the output.
+            self._late_output = result.detach()
+        if rooted:
+            self._loss_in_output(output, kwargs or {})
+            self._engine.forward.send("activations")
+
+    def _loss_in_output(self, output: Any, kwargs: Mapping[str, Any]) -> None:
+        loss = None if self._engine.losses.watched else loss_of_output(output)
+        if loss is None or not loss.requires_grad:
+            return
+        self._engine.losses.take("loss", loss)
+        labels = first_tensor(kwargs.get("labels"))
+        if labels is not None:
+            self._engine.forward.measure_batch("input_labels", labels, self._engine.due_now)
+
+    def loss_counts(self) -> bool:
+        """Whether a watched loss that is computed now belongs to the open micro-step."""
+        return self._engine.clock.in_pass and self._last_counted and not self._engine.silent
+
+    # -- the backward ------------------------------------------------------------------------
+
+    def watch_backward(self, tensor: Tensor) -> None:
+        """Notice when a backward through this tensor begins."""
+        if self._engine.demands and tensor.requires_grad:
+            self._engine.forward.hook_tensor(tensor, BackwardHook(self._engine, self._engine.clock.passes))
+
+    def backward_begins(self, passes: int | None = None) -> None:
+        """The first hook of a backward through the open pass has fired, perhaps on another thread."""
+        if self._engine.forward.in_backward or (passes is not None and passes != self._engine.clock.passes):
+            return
+        self._engine.forward.drop_provisional()
+        self._engine.forward.in_backward = after_backward(lambda: self._engine.guard(self.backward_ends))
+
+    def backward_ends(self) -> None:
+        """A backward through the open pass has run."""
+        self._engine.forward.in_backward = False
+        if self._engine.silent:
+            return
+        self.flush()
+        if "layer_gradients" in self._engine.topics:
+            self._engine.forward.send("layer_gradients")
+        if "raw_gradients" in self._engine.topics:
+            self._engine.forward.raw_gradients()
+        if self._engine.clock.in_pass:
+            batch = self._engine.clock.batch
+            self._engine.clock.end_pass()
+            self._engine.emit_index("batch_finished", batch)
+
+    def flush(self) -> None:
+        """Emit what the forward phase of the open pass has left: late activations and the loss."""
+        if not self.watches_passes:
+            return
+        late, self._late_output = self._late_output, None
+        if self._engine.due_now:
+            if late is not None:
+                self._engine.forward.measure_batch("network_output", late, self._engine.due_now)
+            if "activations" in self._engine.topics:
+                self._engine.forward.send("activations")
+            self._engine.losses.send()
+            if self._engine.forward.provisional and not self._engine.forward.in_backward:
+                self._engine.forward.send("layer_gradients")
+
+    # -- updates without a forward -----------------------------------------------------------
+
+    def update_without_forward(self) -> None:
+        """An update came without a counted forward: watch the parts, and warn if that does not help."""
+        if not self.parts_needed:
+            self.parts_needed = True
+            self._engine.install()
+        elif self.parts_needed and not self._engine.counts["updates_without_forward"]:
+            self._engine.counts["updates_without_forward"] += 1
+            hint = (
+                " A forward with gradients ran in eval mode: pass observe(model, count='grad') to count it."
+                if self._grad_forward_seen and self._engine.count == "training"
+                else " Call the model itself (model(x), not model.forward(x)) to see activations and losses."
+            )
+            log.warning(
+                "an optimizer updates %s, but no forward pass in training mode was seen: parameter topics "
+                "work, forward and backward topics stay empty.%s",
+                self._engine.metadata()["model"] or "the model",
+                hint,
+            )

@@ -1,0 +1,208 @@
+"""`Source`: a runtime with a clock, which answers views with frames."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from reactivex.abc import DisposableBase
+from reactivex.disposable import Disposable
+from torch import Tensor
+
+from streamlens.capture.clock import Clock
+from streamlens.capture.view import Demand, View
+from streamlens.chain import Mark, current_chain
+from streamlens.frame import Frame, Kind, Lease
+from streamlens.runtime import Runtime
+from streamlens.topics import TOPICS, TopicSpec, topic_spec, unknown_topic
+
+__all__ = ["Source"]
+
+_MODEL = ("",)
+
+
+class Source(Runtime):
+    """Keeps the demands of subscribers and delivers frames of the open step to them.
+
+    Attributes:
+        clock: Where the run is.
+        demands: What is subscribed.
+        topics: The topics that somebody has selected.
+        idle: Whether nobody has selected any.
+        user_topics: Topics that come from `emit`.
+    """
+
+    def __init__(self, name: str = "", on_error: str = "report") -> None:
+        super().__init__(name, on_error)
+        self.clock = Clock()
+        self.demands: list[Demand] = []
+        self.topics: frozenset[str] = frozenset()
+        self.idle = True
+        self.user_topics: dict[str, None] = {}
+        self._due: tuple[Demand, ...] = ()
+        self._due_step = -1
+
+    @property
+    def step(self) -> int:
+        """The optimizer update that is open."""
+        return self.clock.step
+
+    @property
+    @abstractmethod
+    def silent(self) -> bool:
+        """Whether nothing is to be emitted now."""
+
+    @abstractmethod
+    def resolve(self, view: View) -> dict[str, frozenset[str] | None]:
+        """The layers that a view selects in each of its topics."""
+
+    # -- demands -----------------------------------------------------------------------------
+
+    @property
+    def known_topics(self) -> tuple[str, ...]:
+        """Every topic that can be selected."""
+        return (*TOPICS, *self.user_topics, *self.derived_topics)
+
+    def check_topic(self, topic: str) -> TopicSpec | None:
+        """What is known of a topic; None for one of the user's own.
+
+        Raises:
+            UnknownTopicError: Nothing provides it.
+        """
+        spec = topic_spec(topic) if isinstance(topic, str) else None
+        if spec is None and topic not in self.user_topics and topic not in self.derived_topics:
+            raise unknown_topic(topic, self.known_topics)
+        return spec
+
+    def subscribe_view(self, view: View, deliver: Callable[[Frame], None]) -> DisposableBase:
+        """Deliver what a view asks for, from the next frame on."""
+        demand = Demand(view, deliver, current_chain.get(), self.resolve(view))
+        derived = [
+            self.subscribe_derived(t, self._of_view(demand)) for t in view.topics if t in self._derived
+        ]
+        self.demands.append(demand)
+        self.demands_changed()
+
+        def remove() -> None:
+            demand.active = False
+            for connection in derived:
+                connection.dispose()
+            if demand in self.demands:
+                self.demands.remove(demand)
+                self.demands_changed()
+
+        return Disposable(remove)
+
+    def _of_view(self, demand: Demand) -> Callable[[Frame], None]:
+        def deliver(frame: Frame) -> None:
+            if demand.view.due(frame.step):
+                self._hand(demand, frame)
+
+        return deliver
+
+    @property
+    def due_now(self) -> tuple[Demand, ...]:
+        """The demands that want frames of the open step."""
+        if self._due_step != self.clock.step:
+            self._due_step = self.clock.step
+            due = tuple(d for d in self.demands if d.view.due(self._due_step))
+            # The same demands give the same tuple, which is what plans are kept under.
+            self._due = due if due != self._due else self._due
+        return self._due
+
+    def demands_changed(self) -> None:
+        """A subscription has come or gone."""
+        self.idle = not self.demands
+        self.topics = frozenset(t for d in self.demands for t in d.view.topics)
+        self._due_step = -1
+
+    # -- emitting ----------------------------------------------------------------------------
+
+    def frame(
+        self,
+        topic: str,
+        layers: Sequence[str],
+        values: Tensor | tuple[Tensor, ...],
+        *,
+        kind: Kind = Kind.STEP,
+        components: tuple[str, ...] = (),
+        meta: Mapping[str, Any] | None = None,
+        lease: Lease | None = None,
+    ) -> Frame:
+        """A frame of the open step."""
+        clock = self.clock
+        return Frame(
+            topic,
+            clock.step,
+            layers,
+            values,
+            epoch=clock.epoch,
+            micro_step=clock.micro_step,
+            components=components,
+            meta=meta,
+            kind=kind,
+            source=self.name,
+            lease=lease,
+        )
+
+    def post_frames(
+        self,
+        frames: Sequence[tuple[Sequence[Demand], Frame]],
+        lease: Lease | None = None,
+        mark: Mark | None = None,
+    ) -> None:
+        """Deliver a burst of frames; raw ones are valid until it is over.
+
+        Args:
+            frames: Each with the demands that it answers.
+            lease: Under which the raw ones are lent.
+            mark: What is announced before them.
+        """
+        if not frames:
+            if lease is not None:
+                lease.end()
+            if mark is not None:
+                self.post_mark(mark)
+            return
+
+        def burst() -> None:
+            if mark is not None:
+                self.mark(mark)
+            if lease is not None:
+                self.lend(lease)
+            for demands, frame in frames:
+                self.counts["emitted"] += 1
+                for demand in demands:
+                    self._hand(demand, frame)
+
+        self.post(burst)
+
+    def _hand(self, demand: Demand, frame: Frame) -> None:
+        if not demand.active:
+            return
+        start = time.perf_counter()
+        try:
+            demand.deliver(frame)
+        except Exception as error:
+            self.report(error, f"delivery of {frame.topic!r}")
+        finally:
+            if demand.chain is not None:
+                demand.chain.seconds += time.perf_counter() - start
+
+    def wanted(self, topics: Iterable[str]) -> bool:
+        """Whether anybody has selected one of these topics."""
+        return not self.topics.isdisjoint(topics)
+
+    def emit(self, topic: str, layers: tuple[str, ...], values: Tensor, kind: Kind) -> None:
+        """Deliver a frame of a topic that needs no capture to whoever selected it."""
+        demands = [d for d in self.due_now if topic in d.view.topics]
+        if demands and not self.silent:
+            self.post_frames([(demands, self.frame(topic, layers, values, kind=kind))])
+
+    def emit_index(self, topic: str, index: int) -> None:
+        """Deliver an event that carries an index."""
+        if topic in self.topics:
+            self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)
