@@ -170,6 +170,10 @@ class Lens(Stream):
             )
 
     def _check_open(self) -> None:
+        if self.engine.model is None:
+            raise ClosedLensError(
+                "this lens is closed: the model it observed no longer exists; keep a reference to it"
+            )
         if self.session.closed or self.engine.closed:
             raise ClosedLensError("this lens is closed: call streamlens.observe(model) again for a new one")
 

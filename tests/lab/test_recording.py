@@ -61,10 +61,8 @@ def test_subsampling_keeps_the_steps_it_divides_and_every_emitted_number() -> No
 
 
 def test_a_depth_without_layers_is_an_error() -> None:
-    with (
-        sl.observe(AlexNetMini(), loss=torch.nn.CrossEntropyLoss()) as lens,
-        pytest.raises(LayerNotFoundError),
-    ):
+    model = AlexNetMini()
+    with sl.observe(model, loss=torch.nn.CrossEntropyLoss()) as lens, pytest.raises(LayerNotFoundError):
         chains(lens, norm=True, depth=0)
 
 
