@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, cast
+from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
@@ -24,8 +24,8 @@ _Row: TypeAlias = tuple[int, int, int, int, int, float, int, int, str | None, by
 _LayoutKey: TypeAlias = tuple[str, str, str, int, int, Spec | tuple[Spec, ...]]
 
 _INSERT: Final = "INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-# Raw frames whose shapes change at every step bring a new layout each: the caches are emptied
-# rather than grown without end.
+# Raw frames whose shapes change at every step bring a new layout each: what is remembered is
+# dropped now and then rather than grown without end.
 _CACHED: Final = 4096
 # SQLite limits a whole row; keys and meta need a little beside the values.
 _ROW_RESERVE: Final = 1 << 20
@@ -35,6 +35,11 @@ _log = logging.getLogger("streamlens")
 # Resumptions that this process has already carried out, as (file, run, step): a store that is
 # closed and opened again while the resumed run goes on must not lose what was written since.
 _resumed: set[tuple[Path, str, int]] = set()
+
+
+class _NameList(NamedTuple):
+    names: tuple[str, ...]
+    number: int
 
 
 class RunWriter:
@@ -106,6 +111,8 @@ class RunWriter:
             RunStoreError: The file cannot be written. Nothing was stored; the same call may
                 succeed later, such as when a full disk has space again.
         """
+        if max(len(self._layouts), len(self._name_lists)) > _CACHED:
+            self._forget()
         times = [time.time()] * len(frames) if wall_times is None else wall_times
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -204,11 +211,17 @@ class RunWriter:
     def _layout(self, frame: Frame) -> tuple[int, int]:
         """Return the numbers of the frame's topic and of its layout.
 
-        The tuples of names are told apart by identity: a run's frames share them, and comparing
-        hundreds of names a frame would cost more than storing its values.
+        Tuples of names are told apart by identity: a run's frames mostly share them, and looking
+        hundreds of names up would cost as much as storing their values.
         """
-        layers, components, specs = frame.layers, frame.components, specs_of(frame)
-        key: _LayoutKey = (frame.topic, frame.kind.value, frame.source, id(layers), id(components), specs)
+        specs = specs_of(frame)
+        known = self._layouts.get(_key(frame, frame.layers, frame.components, specs))
+        if known is not None:
+            return known
+        # Equal names in a new tuple, as in frames that were relabelled: go by the first such tuple.
+        # Those are kept, so that no other can come to have the identity of a collected one.
+        layers, components = self._name_list(frame.layers), self._name_list(frame.components)
+        key = _key(frame, layers.names, components.names, specs)
         known = self._layouts.get(key)
         if known is None:
             topic = self._intern("topics", "topic", {"run": self._run, "name": text(frame.topic)})
@@ -216,26 +229,20 @@ class RunWriter:
                 "topic": topic,
                 "kind": frame.kind.value,
                 "source": text(frame.source),
-                "layers": self._name_list(layers),
-                "components": self._name_list(components),
+                "layers": layers.number,
+                "components": components.number,
                 "stacked": int(frame.stacked),
                 "tensors": describe(specs),
             }
-            if len(self._layouts) >= _CACHED:
-                self._layouts.clear()
-            # The tuples are kept, so that no later one can get the identity of a collected one.
-            known = self._layouts[key] = (topic, self._intern("layouts", "layout", row), layers, components)
-        return known[:2]
+            known = self._layouts[key] = (topic, self._intern("layouts", "layout", row))
+        return known
 
-    def _name_list(self, names: tuple[str, ...]) -> int:
-        number = self._name_lists.get(names)
-        if number is None:
-            if len(self._name_lists) >= _CACHED:
-                self._name_lists.clear()
-            number = self._name_lists[names] = self._intern(
-                "name_lists", "list", {"names": json.dumps(names)}
-            )
-        return number
+    def _name_list(self, names: tuple[str, ...]) -> _NameList:
+        known = self._name_lists.get(names)
+        if known is None:
+            number = self._intern("name_lists", "list", {"names": json.dumps(names)})
+            known = self._name_lists[names] = _NameList(names, number)
+        return known
 
     def _intern(self, table: str, number: str, row: Mapping[str, int | str | bytes]) -> int:
         """Return the number of a row, which is added if the table lacks it."""
@@ -258,5 +265,11 @@ class RunWriter:
             _log.debug("rolling back in %s: %s", self._path, error)
 
     def _forget(self) -> None:
-        self._layouts: dict[_LayoutKey, tuple[int, int, tuple[str, ...], tuple[str, ...]]] = {}
-        self._name_lists: dict[tuple[str, ...], int] = {}
+        self._layouts: dict[_LayoutKey, tuple[int, int]] = {}
+        self._name_lists: dict[tuple[str, ...], _NameList] = {}
+
+
+def _key(
+    frame: Frame, layers: tuple[str, ...], components: tuple[str, ...], specs: Spec | tuple[Spec, ...]
+) -> _LayoutKey:
+    return frame.topic, frame.kind.value, frame.source, id(layers), id(components), specs

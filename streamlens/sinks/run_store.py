@@ -43,7 +43,6 @@ class RunStore(Sink):
         super().__init__()
         # Made absolute at once: the worker may open the file after the program changed its folder.
         self.path = Path(path).absolute()
-        self._run: RunInfo | None = None
         self._writer: RunWriter | None = None
 
     def open(self, run: RunInfo) -> None:
@@ -52,9 +51,9 @@ class RunStore(Sink):
         Raises:
             RunStoreError: The file cannot be used.
         """
-        self.close()
-        self._run = run
-        self._open_writer(run)
+        self._writer = RunWriter(
+            self.path, run.id, name=run.name, metadata=run.metadata, resumed_at=run.resumed_at
+        )
 
     def write(self, frames: Sequence[Frame]) -> None:
         """Commit frames, all or none of them.
@@ -62,23 +61,15 @@ class RunStore(Sink):
         Raises:
             RunStoreError: The file cannot be written.
         """
-        # After an `open` that failed, each write tries again: a full disk may have space by now.
-        if self._run is None:
+        if self._writer is None:
             raise RunStoreError(f"{self!r} was given frames while it was closed: call open(run) first")
-        writer = self._writer or self._open_writer(self._run)
-        writer.write(frames, self.wall_times(frames))
+        self._writer.write(frames, self.wall_times(frames))
 
     def close(self) -> None:
         """Merge what was written into the one file, and let others write it."""
-        writer, self._writer, self._run = self._writer, None, None
+        writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-
-    def _open_writer(self, run: RunInfo) -> RunWriter:
-        self._writer = RunWriter(
-            self.path, run.id, name=run.name, metadata=run.metadata, resumed_at=run.resumed_at
-        )
-        return self._writer
 
     def __repr__(self) -> str:
         return f"RunStore({str(self.path)!r})"

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamlens.frame import Frame
+from streamlens.frame import Frame, Kind
 from streamlens.runs import RunWriter, read_run
 from tests.runs.strategies import content, frames
 
@@ -110,8 +110,8 @@ def test_more_layouts_than_are_remembered_are_still_told_apart(
     with RunWriter(tmp_path / "run.db", "a") as writer:
         for start in range(0, len(sent), 4):
             writer.write(sent[start : start + 4])
-            assert len(writer._layouts) <= 3
-            assert len(writer._name_lists) <= 3
+            assert len(writer._layouts) <= 3 + 4
+            assert len(writer._name_lists) <= 3 + 4 + 1
     with read_run(tmp_path / "run.db") as run:
         assert list(map(content, run.frames())) == list(map(content, sent))
 
@@ -121,4 +121,26 @@ def test_equal_layer_names_in_new_tuples_make_no_new_layout(tmp_path: Path) -> N
         for step in range(20):
             writer.write([Frame("loss", step, [f"layer{i}" for i in range(3)], torch.ones(3))])
         layouts = writer._db.execute("SELECT count(*) FROM layouts").fetchone()
-    assert layouts == (1,)
+        assert layouts == (1,)
+        # Nor do they pile up in memory.
+        assert len(writer._layouts) == 1
+
+
+def test_frames_that_share_their_names_and_differ_in_one_respect_are_told_apart(tmp_path: Path) -> None:
+    names, pair = ("a", "b"), ("x", "y")
+    first = Frame("t", 0, names, torch.ones(2, 2), components=pair)
+    sent = [
+        first,
+        first.replace(source="G"),
+        first.replace(kind=Kind.EVENT),
+        first.replace(components=()),
+        first.replace(topic="u"),
+        first.replace(values=torch.ones(2, 2, dtype=torch.float64)),
+        first.replace(values=torch.ones(2, 2, 1)),
+        first.replace(values=(torch.ones(2), torch.ones(2))),
+        first.replace(layers=("a", "c")),
+    ]
+    with RunWriter(tmp_path / "run.db", "a") as writer:
+        writer.write(sent)
+    with read_run(tmp_path / "run.db") as run:
+        assert list(map(content, run.frames())) == list(map(content, sent))

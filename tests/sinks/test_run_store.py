@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from streamlens.delivery import Delivery
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
 from streamlens.runs import list_runs, read_run
@@ -73,19 +75,53 @@ def test_a_resumed_run_replaces_what_it_had_beyond_its_snapshot(tmp_path: Path) 
     assert stored(tmp_path / "run.db", "a") == [0, 1, 2]
 
 
-def test_a_store_that_could_not_be_opened_is_tried_again_at_each_write(tmp_path: Path) -> None:
+class Chain:
+    """A chain that ends in a store, as a lens would connect it."""
+
+    def __init__(self, store: RunStore, run: RunInfo) -> None:
+        self.errors: list[str] = []
+        self.delivery = Delivery(lambda: run, lambda error, where: self.errors.append(f"{where}: {error}"))
+        self.store = store
+        self.proxy = self.delivery.connect(store, "chain")
+
+    def send(self, frames: Sequence[Frame]) -> bool:
+        """Whether all frames were written."""
+        for frame in frames:
+            self.proxy.on_next(frame)
+        self.delivery.end_burst()
+        return self.store.drain(10)
+
+
+def test_frames_of_named_models_arrive_under_their_labels(tmp_path: Path) -> None:
+    chain = Chain(RunStore(tmp_path / "run.db"), RunInfo(id="a"))
+    frames = [Frame("norm", step, ("", "conv"), torch.tensor([step, 2.0]), source="G") for step in range(3)]
+    assert chain.send(frames)
+    chain.proxy.on_completed()
+    assert chain.delivery.close(10)
+    with read_run(tmp_path / "run.db") as run:
+        assert run.topics == ["G/norm"]
+        assert run.layers("G/norm") == ["G", "G.conv"]
+        assert run.dataframe("G/norm")["value"].tolist() == [0.0, 2.0, 1.0, 2.0, 2.0, 2.0]
+    assert chain.errors == []
+
+
+def test_what_is_in_the_way_is_reported_and_writing_begins_when_it_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     path.write_text("in the way\n")
     store = RunStore(path)
-    with pytest.raises(RunStoreError, match="not a run store"):
-        store.open(RunInfo(id="a"))
-    with pytest.raises(RunStoreError, match="not a run store"):
-        store.write(loss(0))
+    store.retries = 0
+    chain = Chain(store, RunInfo(id="a"))
+    assert not chain.send(loss(0))
+    assert len(chain.errors) == 1
+    assert f"{path} is not a run store" in chain.errors[0]
     assert path.read_text() == "in the way\n"
     path.unlink()
-    store.write(loss(1))
-    store.close()
-    assert stored(path, "a") == [1]
+    assert chain.send(loss(1, 2))
+    assert chain.delivery.close(10)
+    assert stored(path, "a") == [1, 2]
+    assert len(chain.errors) == 1
+    (stats,) = chain.delivery.stats().values()
+    assert (stats.written, stats.failed) == (2, 1)
 
 
 def test_two_stores_on_one_file_are_an_error_and_not_a_mixture(tmp_path: Path) -> None:
@@ -95,6 +131,7 @@ def test_two_stores_on_one_file_are_an_error_and_not_a_mixture(tmp_path: Path) -
         second.open(RunInfo(id="b"))
     first.write(loss(0))
     first.close()
+    second.open(RunInfo(id="b"))
     second.write(loss(5))
     second.close()
     assert stored(tmp_path / "run.db", "a") == [0]
