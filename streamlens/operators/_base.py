@@ -57,8 +57,8 @@ def check_topics(operator: str, names: Sequence[object]) -> tuple[str, ...]:
     return cast("tuple[str, ...]", tuple(names))
 
 
-def modules_of(stream: Stream, operator: str) -> dict[str, nn.Module]:
-    """The observed model's modules by layer name.
+def modules_of(stream: Stream, operator: str) -> Mapping[str, nn.Module]:
+    """The observed model's modules by layer name, held weakly.
 
     Raises:
         StreamlensError: The stream comes from no lens, so that only names are known.

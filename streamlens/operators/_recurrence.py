@@ -214,6 +214,8 @@ class RecurrenceNode(OperatorNode):
 
     def on_frame(self, frame: Frame) -> Emitted:
         """The recurrence's outputs for the layers that have one."""
+        if not frame.layers:
+            return None
         states = self._topics.get((frame.source, frame.topic))
         if states is None:
             states = self._topics[frame.source, frame.topic] = LayerStates(self._recurrence)

@@ -138,7 +138,7 @@ def _spread(rows: Sequence[Frame], values: Sequence[Tensor], wanted: tuple[str, 
             both = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(like.device)
             index[row.layers] = (both[:, 0], both[:, 1])
         to, of = index[row.layers]
-        out[time].index_copy_(0, to, value.index_select(0, of))
+        out[time].index_copy_(0, to, value.to(like).index_select(0, of))
     return out
 
 

@@ -120,6 +120,8 @@ class _PerEpoch(OperatorNode):
         self._topics: dict[TopicKey, _Epoch] = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
+        if not frame.layers:
+            return None
         key = (frame.source, frame.topic)
         epoch = self._topics.get(key)
         out: list[Frame] = []

@@ -27,7 +27,7 @@ class _PerStep(OperatorNode):
         self._topics: dict[TopicKey, Rows] = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
-        if frame.kind is Kind.EVENT:
+        if frame.kind is Kind.EVENT or not frame.layers:
             return frame
         rows = self._topics.setdefault((frame.source, frame.topic), Rows())
         out: list[Frame] = []

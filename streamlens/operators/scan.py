@@ -43,6 +43,8 @@ class _Scan(OperatorNode):
         self._topics: dict[TopicKey, ScanState] = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
+        if not frame.layers:
+            return None
         key = (frame.source, frame.topic)
         if key in self._topics:
             result = self._fn(self._topics[key], frame)

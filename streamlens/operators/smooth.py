@@ -33,6 +33,8 @@ class _Smooth(OperatorNode):
         self._topics: dict[TopicKey, Rows] = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
+        if not frame.layers:
+            return None
         rows = self._topics.setdefault((frame.source, frame.topic), Rows())
         if rows and frame.step < rows.frames[-1].step:
             self.count("late")

@@ -82,7 +82,7 @@ class _Window(OperatorNode):
         if topic.next and frame.step <= windows.end(topic.next - 1):
             self.count("late")
             return out
-        if frame.step < windows.start(topic.next):
+        if frame.step < windows.start(topic.next) or not frame.layers:
             return out
         repeated = topic.rows.insert(frame)
         self.count("duplicate", len(repeated))

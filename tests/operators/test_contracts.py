@@ -1,0 +1,240 @@
+"""What every operator promises, whatever it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reactivex as rx
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reactivex.abc import ObserverBase
+from reactivex.subject import Subject
+
+import streamlens.operators
+from streamlens.frame import Frame
+from streamlens.operators import (
+    across_layers,
+    align,
+    between,
+    combine,
+    diff,
+    ema,
+    every,
+    layers,
+    maximum,
+    mean,
+    minimum,
+    norm,
+    per_epoch,
+    per_layer,
+    per_step,
+    ratio,
+    reduce,
+    rename,
+    rms,
+    scan,
+    smooth,
+    std,
+    topic,
+    uw_ratio,
+    var,
+    where,
+    window,
+)
+from streamlens.runtime import default_runtime
+from streamlens.stream import Operator, Stream
+from tests.operators.support import chain_of, frame, saved_and_loaded
+
+OPERATORS: dict[str, Callable[[], Operator]] = {
+    "across_layers": across_layers,
+    "align": lambda: align("weights", "weight_updates"),
+    "between": lambda: between(0),
+    "combine": lambda: combine("weights", "weight_updates", fn=torch.add),
+    "diff": diff,
+    "ema": lambda: ema(0.5),
+    "every": lambda: every(1),
+    "layers": lambda: layers("*"),
+    "maximum": maximum,
+    "mean": mean,
+    "minimum": minimum,
+    "norm": norm,
+    "per_epoch": per_epoch,
+    "per_layer": per_layer,
+    "per_step": per_step,
+    "ratio": lambda: ratio("weights", "weight_updates"),
+    "reduce": lambda: reduce(torch.sum, name="sum"),
+    "rename": lambda: rename("y"),
+    "rms": rms,
+    "scan": lambda: scan(lambda total, item: total),
+    "smooth": lambda: smooth(1),
+    "std": std,
+    "topic": lambda: topic("weights", "weight_updates"),
+    "uw_ratio": uw_ratio,
+    "var": var,
+    "where": lambda: where(lambda _: True),
+    "window": lambda: window(2),
+}
+
+every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+
+
+class Log(ObserverBase[Any]):
+    """What an observer is told."""
+
+    def __init__(self) -> None:
+        self.frames: list[Any] = []
+        self.ends: list[str] = []
+
+    def on_next(self, value: Any) -> None:
+        assert not self.ends
+        self.frames.append(value)
+
+    def on_error(self, error: Exception) -> None:
+        self.ends.append(str(error))
+
+    def on_completed(self) -> None:
+        self.ends.append("completed")
+
+
+def two(step: int) -> list[Frame]:
+    return [frame(step, {"a": 1.0, "b": 2.0}, name, epoch=step) for name in ("weights", "weight_updates")]
+
+
+def test_every_public_operator_is_held_to_these_contracts() -> None:
+    assert set(OPERATORS) == set(streamlens.operators.__all__) - {"AlignedFrame"}
+
+
+@every_operator
+def test_gives_nothing_on_a_stream_that_never_does_anything(make: Callable[[], Operator]) -> None:
+    log = Log()
+    rx.never().pipe(make()).subscribe(log).dispose()
+    assert (log.frames, log.ends) == ([], [])
+
+
+@every_operator
+def test_completes_at_once_on_an_empty_stream(make: Callable[[], Operator]) -> None:
+    log = Log()
+    rx.empty().pipe(make()).subscribe(log)
+    assert (log.frames, log.ends) == ([], ["completed"])
+
+
+@every_operator
+def test_passes_the_sources_error_on_and_ends(
+    make: Callable[[], Operator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_runtime(), "on_error", "report")
+    source: Subject[Frame] = Subject()
+    log = Log()
+    source.pipe(make()).subscribe(log)
+    for item in two(0):
+        source.on_next(item)
+    source.on_error(OSError("the source broke"))
+    assert log.ends == ["the source broke"]
+
+
+@every_operator
+def test_a_source_that_fails_while_subscribing_raises(make: Callable[[], Operator]) -> None:
+    with pytest.raises(OSError, match="broken from the start"):
+        rx.throw(OSError("broken from the start")).pipe(make()).subscribe(Log())
+
+
+@every_operator
+def test_gives_nothing_more_once_disposed_and_lets_go_of_the_source(make: Callable[[], Operator]) -> None:
+    source: Subject[Frame] = Subject()
+    log = Log()
+    subscription = source.pipe(make()).subscribe(log)
+    for item in two(0) + two(1):
+        source.on_next(item)
+    seen = len(log.frames)
+    subscription.dispose()
+    for item in two(2) + two(3):
+        source.on_next(item)
+    assert len(log.frames) == seen
+    assert not source.observers
+
+
+@every_operator
+def test_gives_frames_and_completes_with_its_source(make: Callable[[], Operator]) -> None:
+    source: Subject[Frame] = Subject()
+    log = Log()
+    source.pipe(make()).subscribe(log)
+    for step in range(4):
+        for item in two(step):
+            source.on_next(item)
+    source.on_completed()
+    assert log.frames
+    assert log.ends == ["completed"]
+
+
+@every_operator
+def test_two_subscriptions_share_no_state(make: Callable[[], Operator]) -> None:
+    source: Subject[Frame] = Subject()
+    stream = source.pipe(make())
+    early, late = Log(), Log()
+    stream.subscribe(early)
+    for item in two(0):
+        source.on_next(item)
+    stream.subscribe(late)
+    fresh: Subject[Frame] = Subject()
+    alone = Log()
+    fresh.pipe(make()).subscribe(alone)
+    for step in (2, 3):
+        for item in two(step):
+            source.on_next(item)
+            fresh.on_next(item)
+    source.on_completed()
+    fresh.on_completed()
+    assert [repr(f) for f in late.frames] == [repr(f) for f in alone.frames]
+
+
+@every_operator
+def test_a_frame_without_layers_does_no_harm(make: Callable[[], Operator]) -> None:
+    source: Subject[Frame] = Subject()
+    log = Log()
+    source.pipe(make()).subscribe(log)
+    source.on_next(Frame("weights", 0, (), torch.empty(0)))
+    for step in (1, 2, 3):
+        for item in two(step):
+            source.on_next(item)
+    source.on_completed()
+    assert any(len(f.layers) for f in log.frames)
+
+
+@every_operator
+def test_its_result_is_a_stream_with_a_plan(make: Callable[[], Operator]) -> None:
+    stream = make()(Subject())
+    assert isinstance(stream, Stream)
+    assert len(stream.plan_text) > len("Subject | ")
+
+
+@every_operator
+def test_its_state_survives_the_safe_loader(make: Callable[[], Operator]) -> None:
+    source: Subject[Frame] = Subject()
+    chain = chain_of(source.pipe(make()), lambda _: None)
+    for item in two(0) + two(1)[:1]:
+        source.on_next(item)
+    for cell, saved in zip(chain.cells, saved_and_loaded(chain.state_dict()), strict=True):
+        cell.load_state_dict(saved["state"])
+    source.on_completed()
+
+
+@given(
+    st.lists(st.sampled_from(sorted(set(OPERATORS) - {"align", "combine", "ratio", "uw_ratio"})), max_size=3)
+)
+def test_operators_follow_each_other_in_any_order(names: list[str]) -> None:
+    source: Subject[Frame] = Subject()
+    log = Log()
+    chain: Any = source
+    for name in names:
+        if name == "topic":
+            continue
+        chain = OPERATORS[name]()(chain)
+    chain.subscribe(log)
+    for step in range(8):
+        for item in two(step):
+            source.on_next(item)
+    source.on_completed()
+    assert log.ends == ["completed"]
