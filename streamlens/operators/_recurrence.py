@@ -126,7 +126,7 @@ class LayerStates:
         if self._partial is None or self._partial[0] != layers or self._partial[1].device != device:
             place = {name: i for i, name in enumerate(self._layers)}
             rows = torch.tensor([place[name] for name in layers], dtype=torch.long)
-            self._partial = (layers, rows.to(device))
+            self._partial = (layers, rows.to(device, non_blocking=True))
         return self._partial[1]
 
     def _apply_ragged(

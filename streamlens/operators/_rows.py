@@ -135,7 +135,7 @@ def _spread(rows: Sequence[Frame], values: Sequence[Tensor], wanted: tuple[str, 
     for time, (row, value) in enumerate(zip(rows, values, strict=True)):
         if row.layers not in index:
             pairs = [(place[name], i) for i, name in enumerate(row.layers) if name in place]
-            both = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(like.device)
+            both = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(like.device, non_blocking=True)
             index[row.layers] = (both[:, 0], both[:, 1])
         to, of = index[row.layers]
         out[time].index_copy_(0, to, value.to(like).index_select(0, of))

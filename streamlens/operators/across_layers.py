@@ -46,7 +46,7 @@ class _Groups:
             self._layers = layers
         for group, rows in self._rows.items():
             if rows is not None and rows.device != device:
-                self._rows[group] = rows.to(device)
+                self._rows[group] = rows.to(device, non_blocking=True)
         return self._rows
 
 

@@ -149,7 +149,7 @@ class LayerPick:
         if index is None:
             wanted = frozenset(self._kept)
             rows = [i for i, name in enumerate(names) if name in wanted]
-            index = torch.tensor(rows, dtype=torch.long).to(values.device)
+            index = torch.tensor(rows, dtype=torch.long).to(values.device, non_blocking=True)
             self._index[values.device] = index
         return frame.replace(layers=self._kept, values=values.index_select(0, index))
 
