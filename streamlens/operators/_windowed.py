@@ -89,7 +89,7 @@ class Windowed(Stream):
     def then(
         self, subscribe: abc.Subscription[Frame], step: str, *, kind: Kind | None = None, raw: bool = False
     ) -> Stream:
-        """A stream of the same windows that follows this one; see `Stream.derive`."""
+        """A stream of the same windows that follows this one; see `Stream.then`."""
         return Windowed.of(super().then(subscribe, step, kind=kind, raw=raw), self.windows)
 
     def _wrap(self, foreign: Observable[Any], name: str) -> Stream:

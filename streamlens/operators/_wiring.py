@@ -70,9 +70,9 @@ class Wiring:
             return checked_source(topic(entry)(base))
         return checked_source(entry if isinstance(entry, Observable) else entry(base))
 
-    def entries(self) -> list[JoinInput]:
-        """What the join is told of each input."""
-        return [
+    def join(self, runtime: Runtime, lateness: int) -> Join:
+        """The state of a new subscription."""
+        inputs = [
             JoinInput(
                 stream.runtime if stream.lens is not None else None,
                 # What is given at an epoch's end comes after its last step has closed.
@@ -82,6 +82,13 @@ class Wiring:
             )
             for stream in self.inputs
         ]
+        return Join(
+            runtime,
+            inputs,
+            by_micro_step=self.by_micro_step,
+            lateness=lateness,
+            one_burst=self.one_burst,
+        )
 
     def result(self, subscribe: abc.Subscription[Frame], plan: str) -> Stream:
         """The join's stream: of the lens that its inputs come from, and of their windows."""
@@ -138,13 +145,7 @@ def _subscribe(
     plan: str,
     lateness: int,
 ) -> abc.DisposableBase:
-    join = Join(
-        runtime,
-        wiring.entries(),
-        by_micro_step=wiring.by_micro_step,
-        lateness=lateness,
-        one_burst=wiring.one_burst,
-    )
+    join = wiring.join(runtime, lateness)
     join.plan = plan
     chain = current_chain.get()
     if chain is not None:
