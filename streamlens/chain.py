@@ -80,7 +80,23 @@ class Cell(Protocol):
 
 @dataclass(eq=False)
 class Chain:
-    """One subscription: what was asked for, its state and what it has cost."""
+    """One subscription: what was asked for, its state and what it has cost.
+
+    Attributes:
+        plan: The operators, as text.
+        key: Under which its state is saved.
+        foreign: Whether operators that are not ours are part of it.
+        ends_in: Where its frames go, for people.
+        cells: The states of its operators, upstream last.
+        counts: Frames, errors and what was lost.
+        seconds: Time spent in it.
+        subscribing: Whether it is only being put together.
+        alive: Whether it has not ended.
+        disposable: Ends it.
+        sources: Complete its inputs, so that operators give what they hold back.
+        complete: Completes its end.
+        session: The call of `observe` that it came through.
+    """
 
     plan: str
     key: str
@@ -92,8 +108,16 @@ class Chain:
     subscribing: bool = True
     alive: bool = True
     disposable: DisposableBase | None = None
+    sources: list[Callable[[], None]] = field(default_factory=list)
     complete: Callable[[], None] | None = None
     session: object | None = None
+
+    def finish(self) -> None:
+        """Complete it: from its inputs on, and then what has not ended by that."""
+        for complete in self.sources:
+            complete()
+        if self.complete is not None:
+            self.complete()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of every operator of the chain, upstream last."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from streamlens.capture.engine import Engine
 from streamlens.capture.view import View
-from streamlens.chain import ErrorReport
+from streamlens.chain import ErrorReport, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError
 from streamlens.frame import Frame, Kind
 from streamlens.layers import LayerSelector
@@ -152,9 +152,9 @@ class Lens(Stream):
             index = self.engine.index
             view.selectors[-1].check_globs([*index.modules, *(e.name for e in index.entries)])
 
-    def module_classes(self) -> dict[str, nn.Module]:
-        """The model's modules by layer name."""
-        return dict(self.engine.index.modules)
+    def module_classes(self) -> Mapping[str, nn.Module]:
+        """The model's modules by layer name, held weakly."""
+        return self.engine.index.modules
 
     def check_subscribable(self) -> None:
         """Raise if no topic is selected.
@@ -181,6 +181,9 @@ class Lens(Stream):
         self, observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
     ) -> abc.DisposableBase:
         self.check_subscribable()
+        chain = current_chain.get()
+        if chain is not None:
+            chain.sources.append(observer.on_completed)
         return self.engine.subscribe_view(self.view, observer.on_next)
 
     # -- the user's part ---------------------------------------------------------------------

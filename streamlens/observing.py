@@ -97,9 +97,8 @@ def observe(
         optimizers = [optimizers]
     close_orphans()
     cell = current_cell()
+    _close_rerun_cell(cell)
     engine = engine_of(model)
-    if engine is not None:
-        _close_rerun_cell(engine, cell)
     if engine is None or engine.closed:
         engine = Engine(model, count=count or "training", name=name, on_error=on_error, optimizers=optimizers)
         _engines.add(engine)
@@ -141,11 +140,11 @@ def _merge(
         engine.updates.expect(optimizers)
 
 
-def _close_rerun_cell(engine: Engine, cell: CellKey | None) -> None:
-    """A notebook cell that runs again replaces the lens it made before."""
+def _close_rerun_cell(cell: CellKey | None) -> None:
+    """A notebook cell that runs again replaces the lens it made before, also where it makes a new model."""
     if cell is None:
         return
-    for session in tuple(engine.sessions):
+    for session in [session for engine in tuple(_engines) for session in engine.sessions]:
         if session.cell is not None and session.cell.is_rerun(cell):
             log.info("this notebook cell ran before: its earlier lens is closed")
             session.close(timeout=5.0)

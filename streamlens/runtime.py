@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import uuid
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,11 +112,7 @@ class Runtime:
         try:
             while self._queue:
                 self._queue.popleft()()
-                while self._derived_burst:
-                    burst, self._derived_burst = self._derived_burst, []
-                    for derived, frame in burst:
-                        for observer in tuple(derived.observers):
-                            self.guarded(observer, frame)
+                self._deliver_derived()
         finally:
             self._draining = False
             leases, self._leases = self._leases, []
@@ -123,6 +120,13 @@ class Runtime:
                 lease.end()
             if self._delivery is not None:
                 self._delivery.end_burst()
+
+    def _deliver_derived(self) -> None:
+        while self._derived_burst:
+            burst, self._derived_burst = self._derived_burst, []
+            for derived, frame in burst:
+                for observer in tuple(derived.observers):
+                    self.guarded(observer, frame)
 
     def lend(self, lease: Lease) -> None:
         """End `lease` when the delivery under way (or the next) is over."""
@@ -292,7 +296,7 @@ class Runtime:
         if self._delivery is None:
             from streamlens.delivery import Delivery
 
-            self._delivery = Delivery(self.run_info, self.report)
+            self._delivery = Delivery(*_held_weakly(self))
         return self._delivery
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -305,16 +309,42 @@ class Runtime:
 
     def complete_chains(self) -> None:
         """Complete every stream, so that operators let go of what they hold."""
+        # The chains of derived topics come before those that select them.
         for chain in tuple(self.chains):
-            if chain.complete is not None:
-                try:
-                    chain.complete()
-                except Exception as error:
-                    self.report(error, f"completion of {chain.key}")
+            self.finish(chain)
+
+    def finish(self, chain: Chain) -> None:
+        """Complete one stream."""
+        try:
+            chain.finish()
+        except Exception as error:
+            self.report(error, f"completion of {chain.key}")
+        self._deliver_derived()
 
     def close_delivery(self, timeout: float | None) -> bool:
         """Flush and close every sink."""
         return True if self._delivery is None else self._delivery.close(timeout)
+
+
+def _held_weakly(
+    runtime: Runtime,
+) -> tuple[Callable[[], RunInfo], Callable[[Exception, str], None]]:
+    """What sinks ask and tell a runtime, for their workers: these must not keep a run that is let go."""
+    reference = weakref.ref(runtime)
+    last = runtime.run_info()
+
+    def run_info() -> RunInfo:
+        found = reference()
+        return last if found is None else found.run_info()
+
+    def report(error: Exception, where: str) -> None:
+        found = reference()
+        if found is None:
+            log.error("%s failed after its run was gone: %s: %s", where, type(error).__name__, error)
+        else:
+            found.report(error, where)
+
+    return run_info, report
 
 
 _default: Runtime | None = None

@@ -51,6 +51,5 @@ class Session:
         if not self.engine.sessions:
             return self.engine.shut_down(timeout)
         for chain in self.chains():
-            if chain.complete is not None:
-                chain.complete()
+            self.engine.finish(chain)
         return self.engine.flush(timeout)

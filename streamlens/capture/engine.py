@@ -167,6 +167,7 @@ class Engine(Source):
         """Nothing more of the open step will come."""
         close_orphans()
         if self.idle:
+            self.forward.drop()
             self.updates.release()
             self.clock.close_step()
             return
@@ -265,7 +266,9 @@ class Engine(Source):
 
     def _tidy(self) -> None:
         self.demands.clear()
-        self.passes.in_forward = False
+        self._due = ()
+        self._derived.clear()
+        self.passes.remove()
         self.forward.remove()
         self.losses.remove()
         self.updates.drop()

@@ -298,9 +298,10 @@ class ForwardCapture:
         self.send("raw_gradients")
 
     def drop(self) -> None:
-        """Let go of the tensors of a pass that is over."""
+        """Let go of a pass that is over: of its tensors, and of the demands that it was taken for."""
         for side in self._sides.values():
             side.raw.clear()
+        self.plan = None
 
     # -- helpers -----------------------------------------------------------------------------
 

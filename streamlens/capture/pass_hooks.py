@@ -50,8 +50,13 @@ class PartBegins(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The part is called."""
-        if not self.engine.passes.in_forward and self.engine.passes.outside is None:
-            self.engine.guard(self.engine.passes.forward_begins, module, self.name, args, kwargs)
+        passes = self.engine.passes
+        if passes.in_forward:
+            if self.engine.forward.opener != self.name or not passes.abandoned(module):
+                return
+        elif passes.outside is not None:
+            return
+        self.engine.guard(passes.forward_begins, module, self.name, args, kwargs)
 
 
 class PartEnds(Hook):

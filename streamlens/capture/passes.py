@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ __all__ = ["PassWatch"]
 
 _PASS_TOPICS = frozenset(spec.name for spec in TOPICS.values() if spec.kind is Kind.MICRO_STEP)
 """What is taken in forward and backward."""
+
+_CALL = nn.Module._call_impl.__code__
 
 _MOST_OUTPUTS = 16
 """Tensors of a model's output that are watched for a backward."""
@@ -57,7 +60,32 @@ class PassWatch:
         self.watches_passes = self._engine.wanted(_PASS_TOPICS)
         self._watches_input = self._engine.wanted(("input_data", "examples_per_second"))
 
+    def remove(self) -> None:
+        """Forget the pass under way."""
+        self.in_forward = False
+        self.outside = None
+        self._late_output = None
+
     # -- the forward -------------------------------------------------------------------------
+
+    def abandoned(self, module: nn.Module) -> bool:
+        """Whether the forward that seems to be running was interrupted, now that `module` is called.
+
+        An exception such as `KeyboardInterrupt` leaves without the hooks that tell of the end.
+        """
+        opener = self._engine.forward.opener
+        running = self._engine.index.modules.get(opener) if opener else self._engine.model
+        calls = 0
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            calls += frame.f_code is _CALL and frame.f_locals.get("self") is running
+            frame = frame.f_back
+        if calls > (running is module):
+            return False
+        self.in_forward = False
+        if self.watches_passes:
+            self._engine.forward.begin_pass(self._engine.due_now)
+        return True
 
     def counts_forward(self, module: nn.Module) -> bool:
         """Whether a forward that begins now is training."""
@@ -79,6 +107,7 @@ class PassWatch:
             if not self._engine.silent:
                 self._last_counted = False
             return
+        self.outside = None
         clock = self._engine.clock
         if clock.updated:
             self._engine.close_step()
@@ -109,7 +138,7 @@ class PassWatch:
             data = first_tensor(args) if args else None
             data = data if data is not None else first_tensor(kwargs)
             if data is not None:
-                self._engine.updates.count_examples(data)
+                self._engine.updates.pace.count_examples(data)
                 self._engine.forward.measure_batch("input_data", data, self._engine.due_now)
 
     def forward_ends(self, output: Any, kwargs: Mapping[str, Any] | None = None) -> None:

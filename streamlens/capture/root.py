@@ -53,8 +53,9 @@ class _RootBegins(Hook):
         self.engine = engine
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.engine.passes.in_forward:
-            self.engine.guard(self.engine.passes.forward_begins, module, "", args, kwargs)
+        passes = self.engine.passes
+        if not passes.in_forward or (module is self.engine.model and passes.abandoned(module)):
+            self.engine.guard(passes.forward_begins, module, "", args, kwargs)
 
 
 class _RootEnds(Hook):

@@ -117,6 +117,7 @@ class Source(Runtime):
         """A subscription has come or gone."""
         self.idle = not self.demands
         self.topics = frozenset(t for d in self.demands for t in d.view.topics)
+        self._due = ()
         self._due_step = -1
 
     # -- emitting ----------------------------------------------------------------------------
