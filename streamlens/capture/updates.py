@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from streamlens.capture.optimizers import OptimizerInfo
+from streamlens.capture.pace import Pace
 from streamlens.capture.parameters import ParameterCapture
 from streamlens.capture.partners import Partners, Reduced
 from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
+from streamlens.capture.unowned import Unowned
 from streamlens.chain import Mark, MarkKind
-from streamlens.frame import Frame, Kind, Lease
+from streamlens.frame import Frame, Lease
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["UpdateCapture"]
 
 _MODEL: Final = ("",)
+
+_Source: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
+"""What was asked for, its statistics, and the tensors themselves."""
 
 
 @dataclass(eq=False)
@@ -57,9 +61,9 @@ class UpdateCapture:
             self.expect(expected)
         self._call: _Call | None = None
         self._partners = Partners(engine)
+        self._unowned = Unowned()
         self._manual: OptimizerInfo | None = None
-        self._examples = 0
-        self._last_update: float | None = None
+        self.pace = Pace(engine)
 
     def _failed(self, where: Hashable, error: Exception) -> None:
         """Report what failed; a parameter given by its place in the model is named."""
@@ -99,9 +103,10 @@ class UpdateCapture:
         """Bytes of kept copies."""
         return self._parameters.bytes_held
 
-    def _unowned(self) -> frozenset[int]:
-        owned = {e.order for info in self._infos.values() for e in info.entries}
-        return frozenset(e.order for e in self._engine.index.entries if e.order not in owned)
+    def _owned(self) -> set[int]:
+        for optimizer in tuple(self._expected or ()):
+            self.wants(optimizer)
+        return {e.order for info in self._infos.values() for e in info.entries}
 
     # -- demands -----------------------------------------------------------------------------
 
@@ -116,6 +121,7 @@ class UpdateCapture:
         """Parameters were replaced: plans, copies and ownership are out of date."""
         self._parameters.reset()
         self._parameters.drop_copies()
+        self._unowned.forget()
         self._manual = None
         for info in self._infos.values():
             info.refresh(self._engine.index, force=True)
@@ -136,14 +142,9 @@ class UpdateCapture:
 
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
-        if self._engine.clock.micro_step == 0:
-            self._examples = 0
+        self.pace.pass_begins()
         if not self._infos and self._updates_due(self._engine.clock.step):
             self._parameters.keep(self._engine.index.entries)
-
-    def count_examples(self, data: Tensor) -> None:
-        """Note the size of a batch."""
-        self._examples += data.shape[0] if data.ndim else 1
 
     # -- before ------------------------------------------------------------------------------
 
@@ -193,7 +194,10 @@ class UpdateCapture:
         return any(demand.at_update for demand in self._engine.due_now)
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
-        unowned = frozenset() if self._partners.stepped else self._unowned()
+        unowned: frozenset[int] = frozenset()
+        if not self._partners.stepped:
+            owned = {e.order for e in info.entries} | self._owned()
+            unowned = self._unowned.with_first(self._engine.index.entries, owned)
         return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
 
     def _first_evaluation(
@@ -283,7 +287,7 @@ class UpdateCapture:
             engine.passes.update_without_forward()
         clock.updated = True
         self._partners.stepped.append(info)
-        elapsed = self._time_of_step() if len(self._partners.stepped) == 1 else None
+        elapsed = self.pace.step_time() if len(self._partners.stepped) == 1 else None
         keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
             self._parameters.invalidate(info.entries)
@@ -313,50 +317,41 @@ class UpdateCapture:
             current = {e.order: e.parameter.detach() for e in plan.entries[Facet.VALUE]}
         if engine.delivering and whole:
             whole = {order: tensor.clone() for order, tensor in whole.items()}
-        frames: list[tuple[Sequence[Demand], Frame]] = []
         gradients = call.gradients or (Table(), {})
-        sources: list[tuple[Output, Table, dict[int, Tensor]]] = []
+        sources: list[_Source] = []
         sources += [(o, *gradients) for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is not None]
         sources += [(o, values, current) for o in plan.outputs.get(Facet.VALUE, ())]
         sources += [(o, updates, whole) for o in plan.outputs.get(Facet.UPDATE, ())]
         if optimizer is not None and Facet.STATE in plan.outputs:
             states = self._parameters.states(plan, optimizer)
             sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
-        reduced: list[Reduced] = [(output, output.orders, rates) for output, rates in call.rates]
-        for output, table, tensors in sources:
-            if output.reduction is not None:
-                found = table.finish(output.reduction, output.orders)
-                if found is not None:
-                    reduced.append((output, *found))
-            elif call.overflow is None:
-                frame = self._raw(output, tensors, lease)
-                if frame is not None:
-                    frames.append(frame)
+        frames, reduced = self._framed(sources, lease)
+        reduced += [(output, output.orders, rates) for output, rates in call.rates]
         if call.overflow is not None:
+            frames = []
             reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
         frames += self._partners.gather(reduced, self.optimizers)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
-        self._emit_times(elapsed, ended)
+        self.pace.emit(elapsed)
+        if ended is not None:
+            engine.emit_index("batch_finished", ended)
         if whole:
             self._parameters.renew(plan.entries.get(Facet.UPDATE, ()), keep_next=keep_next)
 
-    def _time_of_step(self) -> float | None:
-        """Seconds since the step before had its (first) update."""
-        now = time.perf_counter()
-        last, self._last_update = self._last_update, now
-        return None if last is None else now - last
-
-    def _emit_times(self, elapsed: float | None, ended: int | None) -> None:
-        engine = self._engine
-        if elapsed and engine.wanted(("step_time", "examples_per_second")):
-            engine.emit("step_time", _MODEL, torch.tensor([elapsed]), Kind.STEP)
-            if self._examples:
-                engine.emit(
-                    "examples_per_second", _MODEL, torch.tensor([self._examples / elapsed]), Kind.STEP
-                )
-        if ended is not None:
-            engine.emit_index("batch_finished", ended)
+    def _framed(
+        self, sources: Iterable[_Source], lease: Lease
+    ) -> tuple[list[tuple[Sequence[Demand], Frame]], list[Reduced]]:
+        """Frames of what is wanted raw, and what may have to wait for other optimizers."""
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        reduced: list[Reduced] = []
+        for output, table, tensors in sources:
+            if output.reduction is None:
+                frame = self._raw(output, tensors, lease)
+                frames += [] if frame is None else [frame]
+            elif (found := table.finish(output.reduction, output.orders)) is not None:
+                reduced.append((output, *found))
+        return frames, reduced
 
     def _raw(
         self, output: Output, tensors: dict[int, Tensor], lease: Lease
@@ -373,8 +368,23 @@ class UpdateCapture:
     def release(self) -> None:
         """The step closes: emit what still waited for other optimizers."""
         frames = self._partners.close_step()
+        lease: Lease | None = None
+        late = self._unowned.at_end(self._owned()) if self._unowned.waiting else frozenset()
+        if late and not self._engine.silent and self._due():
+            lease = Lease()
+            frames += self._values_of(late, lease)
         if frames:
-            self._engine.post_frames(frames)
+            self._engine.post_frames(frames, lease)
+
+    def _values_of(self, orders: frozenset[int], lease: Lease) -> list[tuple[Sequence[Demand], Frame]]:
+        """Frames of parameters without an optimizer."""
+        engine = self._engine
+        plan = self._parameters.plan(engine.due_now, engine.index, OptimizerInfo(None, -1), unowned=orders)
+        table = self._parameters.values(plan, keep_next=False)[0]
+        tensors = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
+        sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
+        frames, reduced = self._framed(sources, lease)
+        return frames + self._partners.gather(reduced, ())
 
     def _complete(self) -> bool:
         stepped = {id(info.optimizer) for info in self._partners.stepped}
