@@ -11,7 +11,7 @@ from reactivex import Observable
 from torch import Tensor, nn
 
 import streamlens as sl
-from streamlens.runtime import ErrorReport
+from streamlens.chain import ErrorReport
 
 Operator = Callable[[Observable[sl.Frame]], Observable[sl.Frame]]
 
