@@ -193,6 +193,10 @@ class _StepMean(Node):
     def on_frame(self, frame: Frame) -> Emitted:
         if frame.kind is not Kind.MICRO_STEP:
             return frame
+        if frame.borrowed:
+            raise StreamlensError(
+                f"raw micro-step frames of {frame.topic!r} cannot be averaged over a step; reduce them first"
+            )
         held = self._pending.get(frame.topic)
         if held is None or held.last.step != frame.step or held.last.components != frame.components:
             self._pending[frame.topic] = _Sums(frame)

@@ -307,17 +307,20 @@ def _summarise_on_device(
 ) -> tuple[Statistics, Tensor]:
     flats = [flat_real(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
     home = next(f.device for f in flats if f.device.type != "cpu")
+    # A float32 square may leave the range that its root is in; not every device has float64.
+    wide = torch.float64 if home.type in ("cuda", "cpu", "meta", "xpu") else torch.float32
     table: dict[Statistic, Tensor] = {}
     for statistic in statistics:
-        values = _on_device(flats, statistic)
-        table[statistic] = torch.stack([v.to(home, torch.float32, non_blocking=True) for v in values])
+        values = torch.stack([v.to(home, wide, non_blocking=True) for v in _on_device(flats, statistic)])
+        table[statistic] = values.square() if statistic.name == "sum_of_squares" else values
     sizes = torch.tensor([float(f.numel()) for f in flats], pin_memory=home.type == "cuda")
     return table, sizes.to(home, non_blocking=True)
 
 
 def _on_device(flats: Sequence[Tensor], statistic: Statistic) -> list[Tensor]:
+    """One number a tensor; for the sum of squares its root, which float32 can hold."""
     if statistic.name == "sum_of_squares":
-        return [n.square() for n in _foreach_norm(flats, 2.0)]
+        return _foreach_norm(flats, 2.0)
     if statistic.name == "absmax":
         return _foreach_norm(flats, math.inf)
     one: dict[str, Callable[[Tensor], Tensor]] = {

@@ -37,6 +37,9 @@ __all__ = ["Engine", "disabled"]
 
 _MODEL = ("",)
 
+_STATS = ("emitted", "late", "incomplete", "duplicate", "dropped", "written", "skipped_nan", "errors")
+"""What `stats()` always has."""
+
 
 def disabled() -> bool:
     """Whether `STREAMLENS_DISABLED` makes everything inert."""
@@ -225,8 +228,7 @@ class Engine(Source):
         for sink in self.sink_stats().values():
             total["dropped"] += sink.dropped
             total["written"] += sink.written
-        names = ("emitted", "late", "incomplete", "dropped", "written", "skipped_nan", "errors")
-        return {**{name: total[name] for name in names}, **total}
+        return {**{name: total[name] for name in _STATS}, **total}
 
     def state_dict(self) -> dict[str, Any]:
         """The clock and the state of every operator, as plain containers and tensors."""

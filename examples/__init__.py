@@ -1,0 +1,1 @@
+"""Runnable examples; each ends in a figure."""
