@@ -154,7 +154,7 @@ def test_step_times_are_seconds_between_updates_and_add_up_to_the_wall_time() ->
         elapsed = time.perf_counter() - start
     assert [f.step for f in times] == [f.step for f in rates] == [1, 2]
     assert min(numbers(times)) >= 0.02
-    assert sum(numbers(times)) == pytest.approx(elapsed, abs=0.015)
+    assert sum(numbers(times)) == pytest.approx(elapsed, abs=0.2)
     assert numbers(rates) == pytest.approx([6 / t for t in numbers(times)], rel=1e-4)
 
 

@@ -1,0 +1,288 @@
+"""Optimizers that wrap others, fail, are made late or change on the way."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+import streamlens as sl
+from tests.helpers.by_hand import (
+    Batch,
+    HandStep,
+    norms,
+    of_role,
+    regression,
+    snapshot,
+    squared_error,
+    train_by_hand,
+)
+from tests.helpers.recording import assert_steps_equal, layer_sets, observed, points, record
+
+BATCHES = regression(1, 6, (4, 5))
+LAYERS = ("0", "2", "4")
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def optimizer_of(model: nn.Module, *layers: str) -> SGD:
+    return SGD([p for layer in layers for p in model.get_submodule(layer).parameters()], lr=0.1)
+
+
+class Twice(SGD):
+    """Does nothing but call its base class, whose hooks fire a second time."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_subclass_that_calls_its_base_steps_once() -> None:
+    model, twin = perceptron(), perceptron()
+    truth = train_by_hand(twin, Twice(twin.parameters(), lr=0.1), BATCHES[:3], squared_error)
+    with observed(model) as lens:
+        raw, reduced = record(lens, sl.topic("parameter_updates")), record(lens, sl.norm("parameter_updates"))
+        train_by_hand(model, Twice(model.parameters(), lr=0.1), BATCHES[:3], squared_error)
+    assert_steps_equal(raw, [s.updates() for s in truth])
+    assert_steps_equal(reduced, [norms(s.updates()) for s in truth], rtol=1e-5)
+
+
+class Fallible(SGD):
+    """Raises when told to, before or after it has changed the weights."""
+
+    fails = ""
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails == "before":
+            raise FloatingPointError("refused")
+        result = super().step(closure)
+        if self.fails == "after":
+            raise FloatingPointError("too late")
+        return result
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_raises_costs_no_later_step_its_frames(when: str) -> None:
+    model = perceptron()
+    optimizer = Fallible(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        updates, gradients = (
+            record(lens, sl.norm("weight_updates")),
+            record(lens, sl.topic("weight_gradients")),
+        )
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        squared_error(model, BATCHES[1]).backward()
+        optimizer.fails = when
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        optimizer.fails = ""
+        optimizer.zero_grad()
+        truth = train_by_hand(model, optimizer, BATCHES[2:5], squared_error)
+    wanted = [norms(of_role(s.updates(), "weight")) for s in truth]
+    got = updates[-3:]
+    assert_steps_equal(got, wanted, steps=[got[0].step, got[0].step + 1, got[0].step + 2], rtol=1e-5)
+    assert len({f.step for f in updates}) == len(updates)
+    assert torch.equal(gradients[-1]["4"], truth[-1].gradients["4.weight"])
+
+
+class Sam(Optimizer):
+    """Sharpness-aware minimisation: climb, take the gradient there, go back, let the base step."""
+
+    def __init__(self, params: Any, base: type[Optimizer], rho: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    def climb(self) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["old"] = parameter.detach().clone()
+                parameter.add_(0.05 * parameter.grad)
+
+    def descend(self) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data = self.state[parameter]["old"]
+        self.base.step()
+
+    def step(self, closure: Any = None) -> Any:
+        self.climb()
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        self.descend()
+        return loss
+
+
+def train_sam(model: nn.Module, *, by_closure: bool) -> list[HandStep]:
+    optimizer = Sam(model.parameters(), SGD, lr=0.1)
+    steps: list[HandStep] = []
+    for batch in BATCHES[:3]:
+
+        def evaluate(batch: Batch = batch) -> Tensor:
+            loss = squared_error(model, batch)
+            loss.backward()
+            return loss
+
+        step = HandStep(before=snapshot(model))
+        evaluate()
+        if by_closure:
+            optimizer.step(evaluate)
+        else:
+            optimizer.climb()
+            optimizer.zero_grad()
+            evaluate()
+            optimizer.descend()
+        step.gradients = {n: cast("Tensor", p.grad).clone() for n, p in model.named_parameters()}
+        step.after = snapshot(model)
+        optimizer.zero_grad()
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_sharpness_aware_minimisation_is_one_step_whose_gradient_is_the_one_consumed(
+    by_closure: bool,
+) -> None:
+    model = perceptron()
+    truth = train_sam(perceptron(), by_closure=by_closure)
+    with observed(model) as lens:
+        updates, gradients = (
+            record(lens, sl.topic("parameter_updates")),
+            record(lens, sl.topic("parameter_gradients")),
+        )
+        reduced = record(lens, sl.norm("parameter_updates"))
+        outputs = record(lens, sl.norm("activations"))
+        train_sam(model, by_closure=by_closure)
+    assert_steps_equal(gradients, [s.gradients for s in truth])
+    changes = [s.updates(owned=False) for s in truth]
+    assert_steps_equal(updates, changes)
+    assert_steps_equal(reduced, [norms(c) for c in changes], rtol=1e-5)
+    assert points(outputs) == [(k, m) for k in range(3) for m in range(2)]
+
+
+def test_optimizers_within_the_backward_give_one_frame_a_step_once_known() -> None:
+    model, twin = perceptron(), perceptron()
+
+    def attach(m: nn.Module) -> None:
+        for parameter in m.parameters():
+            optimizer = SGD([parameter], lr=0.1)
+
+            def step(p: Tensor, optimizer: Optimizer = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+            parameter.register_post_accumulate_grad_hook(step)
+
+    truth = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[:3], squared_error)
+    with observed(model) as lens:
+        updates, outputs = record(lens, sl.norm("parameter_updates")), record(lens, sl.norm("activations"))
+        attach(model)
+        for batch in BATCHES[:3]:
+            squared_error(model, batch).backward()
+    assert_steps_equal(
+        [f for f in updates if f.step > 0],
+        [norms(s.updates()) for s in truth[1:]],
+        steps=[1, 2],
+        rtol=1e-5,
+    )
+    assert sorted(layer for f in updates if f.step == 0 for layer in f) == sorted(truth[0].after)
+    assert points(outputs) == [(0, 0), (1, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_optimizers_are_found_whether_made_before_or_after_observing(before: bool) -> None:
+    model, twin = perceptron(), perceptron()
+    truth = train_by_hand(twin, Adam(twin.parameters()), BATCHES[:2], squared_error)
+    optimizer = Adam(model.parameters()) if before else None
+    with observed(model) as lens:
+        updates = record(lens, sl.norm("parameter_updates"))
+        train_by_hand(model, optimizer or Adam(model.parameters()), BATCHES[:2], squared_error)
+    assert_steps_equal(updates, [norms(s.updates()) for s in truth], rtol=1e-5)
+
+
+def test_an_optimizer_of_another_model_moves_no_clock() -> None:
+    model, other = perceptron(), perceptron()
+    with observed(model) as lens:
+        weights = record(lens, sl.norm("weights"))
+        train_by_hand(other, SGD(other.parameters(), lr=0.1), BATCHES[:3], squared_error)
+        assert (lens.current_step, weights) == (0, [])
+
+
+def test_parameters_added_to_an_optimizer_later_have_updates_from_then_on() -> None:
+    model = perceptron()
+    optimizer = optimizer_of(model, "2", "4")
+    with observed(model) as lens:
+        updates, weights = record(lens, sl.topic("weight_updates")), record(lens, sl.norm("weights"))
+        rates = record(lens, sl.topic("learning_rate"))
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        optimizer.add_param_group({"params": list(model.get_submodule("0").parameters()), "lr": 0.01})
+        truth = train_by_hand(model, optimizer, BATCHES[1:2], squared_error)
+    assert layer_sets(updates) == [("2", "4"), LAYERS]
+    # A layer with a gradient could be another optimizer's, as long as the first step is open.
+    assert [(f.step, f.layers) for f in weights] == [(0, ("2", "4")), (0, ("0",)), (1, LAYERS)]
+    assert torch.equal(updates[1]["0"], of_role(truth[0].updates(), "weight")["0"])
+    assert [f.to_dict() for f in rates] == [
+        pytest.approx({"2": 0.1, "4": 0.1}),
+        pytest.approx({"0": 0.01, "2": 0.1, "4": 0.1}),
+    ]
+
+
+def test_a_layer_that_is_frozen_and_thawed_has_gradients_only_while_it_learns() -> None:
+    model = perceptron()
+    optimizer = optimizer_of(model, *LAYERS)
+    with observed(model) as lens:
+        gradients, raw = record(lens, sl.norm("weight_gradients")), record(lens, sl.norm("raw_gradients"))
+        backward = record(lens, sl.norm("layer_gradients"))
+        for frozen in (False, True, False):
+            model.get_submodule("0").requires_grad_(not frozen)
+            train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+    assert layer_sets(gradients) == [LAYERS, ("2", "4"), LAYERS]
+    assert ["0.weight" in f for f in raw] == [True, False, True]
+    assert ["0" in f for f in backward] == [True, False, True]
+
+
+def test_a_layer_frozen_from_the_start_and_thawed_later_is_seen_in_raw_gradients() -> None:
+    model = perceptron()
+    model.get_submodule("0").requires_grad_(False)
+    optimizer = optimizer_of(model, *LAYERS)
+    with observed(model) as lens:
+        raw = record(lens, sl.norm("raw_gradients"))
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        model.get_submodule("0").requires_grad_(True)
+        train_by_hand(model, optimizer, BATCHES[1:2], squared_error)
+    assert ["0.weight" in f for f in raw] == [False, True]
+
+
+def test_a_head_that_is_replaced_with_its_optimizer_is_followed(caplog: pytest.LogCaptureFixture) -> None:
+    model = perceptron()
+    with observed(model) as lens, caplog.at_level(logging.WARNING, "streamlens"):
+        weights, outputs = record(lens, sl.topic("weights")), record(lens, sl.topic("activations"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error)
+        cast("nn.Sequential", model)[4] = nn.Linear(4, 3)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        truth = train_by_hand(model, optimizer, BATCHES[2:5], squared_error)
+    for frame, step in zip(weights[2:], truth, strict=True):
+        assert torch.equal(frame["4"], step.after["4.weight"])
+    assert "4" in outputs[-1]
+    assert caplog.messages == []
+
+
+def test_a_copy_of_the_model_can_be_trained_without_touching_the_run() -> None:
+    model = perceptron()
+    with observed(model) as lens:
+        frames = [
+            record(lens, sl.norm(n)) for n in ("weights", "activations", "layer_gradients", "raw_gradients")
+        ]
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:1], squared_error)
+        twin = copy.deepcopy(model)
+        train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[1:3], squared_error)
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[1:2], squared_error)
+    assert [points(f) for f in frames] == [[(0, 0), (1, 0)]] * 4
