@@ -16,7 +16,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from streamlens.sink import RunInfo
 
 __all__ = ["Runtime", "default_runtime"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log: Final = logging.getLogger("streamlens")
 
@@ -138,6 +141,14 @@ class Runtime:
             observer(frame)
         except Exception as error:
             self.report(error, f"delivery of {frame.topic!r}")
+
+    def attempt(self, where: str, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Call a function that may be the user's; None and a report if it raises."""
+        try:
+            return fn(*args, **kwargs)
+        except Exception as error:
+            self.report(error, where)
+            return None
 
     # -- marks -------------------------------------------------------------------------------
 

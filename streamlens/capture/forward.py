@@ -247,11 +247,12 @@ class ForwardCapture:
     ) -> Frame | None:
         engine = self._engine
         if output.reduction is not None:
-            found = side.table.finish(output.reduction, keys)
+            name = f"{topic}.{output.reduction.name}"
+            found = engine.attempt(name, side.table.finish, output.reduction, keys)
             if found is None:
                 return None
             return engine.frame(
-                f"{topic}.{output.reduction.name}",
+                name,
                 self._interned(cast("tuple[str, ...]", found[0])),
                 found[1],
                 kind=Kind.MICRO_STEP,
@@ -344,16 +345,14 @@ class ForwardCapture:
             if reduction is None:
                 raw = (tensor.detach(),)
                 frame = self._engine.frame(topic, layers, raw, kind=Kind.MICRO_STEP, lease=lease)
-            elif (reduced := table.finish(reduction, layers)) is not None:
-                frame = self._engine.frame(
-                    f"{topic}.{reduction.name}",
-                    layers,
-                    reduced[1],
-                    kind=Kind.MICRO_STEP,
-                    components=reduction.components,
-                )
             else:
-                continue
+                name = f"{topic}.{reduction.name}"
+                reduced = self._engine.attempt(name, table.finish, reduction, layers)
+                if reduced is None:
+                    continue
+                frame = self._engine.frame(
+                    name, layers, reduced[1], kind=Kind.MICRO_STEP, components=reduction.components
+                )
             frames.append((demands, frame))
         self._engine.post_frames(frames, lease)
 

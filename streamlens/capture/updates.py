@@ -349,7 +349,10 @@ class UpdateCapture:
             if output.reduction is None:
                 frame = self._raw(output, tensors, lease)
                 frames += [] if frame is None else [frame]
-            elif (found := table.finish(output.reduction, output.orders)) is not None:
+                continue
+            where = f"{output.spec.name}.{output.reduction.name}"
+            found = self._engine.attempt(where, table.finish, output.reduction, output.orders)
+            if found is not None:
                 reduced.append((output, *found))
         return frames, reduced
 
