@@ -135,9 +135,10 @@ def test_evaluation_between_forward_and_backward_leaves_the_micro_step_alone() -
     assert {f.layers for f in outputs + gradients} == {("0", "1", "2", "3")}
 
 
-def test_paused_regions_emit_nothing_and_the_next_update_is_that_of_its_own_step() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_paused_regions_emit_nothing_and_the_next_update_is_that_of_its_own_step(fused: bool) -> None:
     model = perceptron()
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = SGD(model.parameters(), lr=0.1, fused=fused)
     with observed(model) as lens:
         frames = {name: record(lens, sl.topic(name)) for name in ALL_TOPICS}
         train_by_hand(model, optimizer, BATCHES[:1], squared_error)
