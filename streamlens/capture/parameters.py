@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from streamlens.capture.kept import Kept
-from streamlens.capture.plan import SQUARES, CallPlan, Output, Small, compile_call
+from streamlens.capture.plan import CallPlan, Output, compile_call
+from streamlens.capture.small import SQUARES, Small, changes_of, squares_of
 from streamlens.capture.table import Needs, Sizes, Table
-from streamlens.reductions import Reduction, accumulate, flat_real
+from streamlens.reductions import Reduction, accumulate
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["ParameterCapture"]
 
 OnError = Callable[[Hashable, Exception], None]
-
-_LOW: Final = 1e-15
-"""A float32 norm below this may have lost elements to underflow of their squares."""
 
 
 class ParameterCapture:
@@ -111,23 +109,12 @@ class ParameterCapture:
             if len(rest) != len(plan.entries[Facet.GRADIENT]):
                 small = Small.of(e for e in small.entries if e.order in rest)
             gradients = [rest[order] for order in small.orders]
-            if len(gradients) > 1 and all(g.layout is torch.strided for g in gradients):
-                norms = torch.stack(torch._foreach_norm(gradients))
-                self._enter(table, small, norms, gradients)
+            if gradients and all(g.layout is torch.strided for g in gradients):
+                table.put_rows(SQUARES, small.orders, squares_of([g.numpy() for g in gradients]), small.sizes)
                 for order in small.orders:
                     del rest[order]
         self._measure(table, rest, needs)
         return table, tensors
-
-    @staticmethod
-    def _enter(table: Table, small: Small, norms: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Note squared norms; a norm at the edge of float32's range is computed again, in double."""
-        numbers = norms.tolist()
-        squares = [n * n for n in numbers]
-        for i, norm in enumerate(numbers):
-            if norm < _LOW or norm == math.inf:
-                squares[i] = accumulate((flat_real(tensors[i].detach()),), SQUARES)[0]
-        table.put_rows(SQUARES, small.orders, [[square] for square in squares], small.sizes)
 
     def rates(self, output: Output, info: OptimizerInfo, optimizer: Optimizer) -> Tensor:
         """The learning rate of the group that holds each layer's weight."""
@@ -153,7 +140,6 @@ class ParameterCapture:
         value_needs = plan.needs.get(Facet.VALUE, {})
         update_needs = plan.needs.get(Facet.UPDATE, {})
         whole: dict[int, Tensor] = {}
-        alone: dict[int, Tensor] = {}
         done = self._small_pass(plan, values, updates, keep_next=keep_next)
         # Backwards: what the optimizer wrote last is still in the cache.
         for entry in reversed(plan.entries.get(Facet.UPDATE, ())):
@@ -172,11 +158,11 @@ class ParameterCapture:
             if entry.order in done[Facet.VALUE]:
                 wanted = Needs()
             self._pass(entry, kept, pieces, (wanted, values), (update_needs[entry.order], updates), keep_next)
-        measured = values.measured
-        for entry in plan.entries.get(Facet.VALUE, ()):
-            if entry.order not in measured:
-                alone[entry.order] = entry.parameter.detach()
-        self._measure(values, alone, value_needs)
+        read = plan.entries.get(Facet.VALUE, ())
+        if len(done[Facet.VALUE]) < len(read):
+            measured = values.measured
+            alone = {e.order: e.parameter.detach() for e in read if e.order not in measured}
+            self._measure(values, alone, value_needs)
         self._measure(updates, whole, update_needs)
         return values, updates, whole
 
@@ -188,23 +174,23 @@ class ParameterCapture:
         changed, read = plan.small.get(Facet.UPDATE), plan.small.get(Facet.VALUE)
         copies = [self._kept.get(order) for order in changed.orders] if changed is not None else []
         try:
-            with torch.no_grad():
-                if read is not None:
-                    weights: list[Tensor] = [e.parameter for e in read.entries]
-                    self._enter(values, read, torch.stack(torch._foreach_norm(weights)), weights)
-                    done[Facet.VALUE] = frozenset(read.orders)
-                if changed is not None and all(k is not None and k.valid for k in copies):
-                    kept = cast("list[Kept]", copies)
-                    buffers, weights = [k.buffer for k in kept], [e.parameter for e in changed.entries]
-                    torch._foreach_sub_(buffers, weights)
-                    self._enter(updates, changed, torch.stack(torch._foreach_norm(buffers)), buffers)
+            if read is not None and (weights := read.weights()) is not None:
+                values.put_rows(SQUARES, read.orders, squares_of(weights), read.sizes)
+                done[Facet.VALUE] = frozenset(read.orders)
+            if (
+                changed is not None
+                and all(k is not None and k.valid for k in copies)
+                and (weights := changed.weights()) is not None
+            ):
+                kept = cast("list[Kept]", copies)
+                buffers = changed.buffers([k.buffer for k in kept])
+                rows = changes_of(weights, buffers, keep_next=keep_next)
+                updates.put_rows(SQUARES, changed.orders, rows, changed.sizes)
+                for k, entry in zip(kept, changed.entries, strict=True):
+                    k.valid = False
                     if keep_next:
-                        torch._foreach_copy_(buffers, weights)
-                    for k, entry in zip(kept, changed.entries, strict=True):
-                        k.valid = False
-                        if keep_next:
-                            k.accept(entry.parameter)
-                    done[Facet.UPDATE] = frozenset(changed.orders)
+                        k.accept(entry.parameter)
+                done[Facet.UPDATE] = frozenset(changed.orders)
         except Exception as error:
             for copy in copies:
                 if copy is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from streamlens.capture.small import Small, is_small
 from streamlens.capture.table import Needs
-from streamlens.reductions import Reduction, Statistic
+from streamlens.reductions import Reduction
 from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
 
 if TYPE_CHECKING:
@@ -18,13 +16,7 @@ if TYPE_CHECKING:
     from streamlens.capture.optimizers import OptimizerInfo
     from streamlens.capture.view import Demand
 
-__all__ = ["SQUARES", "CallPlan", "Output", "Small", "compile_call"]
-
-SQUARES: Final = (Statistic("sum_of_squares"),)
-"""What the 2-norm needs, which has passes of its own."""
-
-_SMALL: Final = 1 << 14
-"""Parameters up to this size are handled together: the calls cost more than the arithmetic."""
+__all__ = ["CallPlan", "Output", "compile_call"]
 
 
 @dataclass(eq=False)
@@ -39,21 +31,6 @@ class Output:
     keys: tuple[str, ...]
     orders: tuple[int, ...]
     demands: list[Demand] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Small:
-    """Parameters that are handled by multi-tensor calls."""
-
-    entries: tuple[ParameterEntry, ...]
-    orders: tuple[int, ...]
-    sizes: Mapping[Any, int]
-
-    @classmethod
-    def of(cls, entries: Iterable[ParameterEntry]) -> Small:
-        """These parameters, with what a table wants to know of them."""
-        chosen = tuple(entries)
-        return cls(chosen, tuple(e.order for e in chosen), {e.order: e.parameter.numel() for e in chosen})
 
 
 @dataclass(eq=False)
@@ -149,19 +126,7 @@ def _call_plan(found: Iterable[Output]) -> CallPlan:
     whole = any(o.reduction is None or not o.reduction.needs() for o in outputs.get(Facet.UPDATE, ()))
     plan = CallPlan(outputs, needs, involved, whole)
     for facet in (Facet.GRADIENT, Facet.VALUE, Facet.UPDATE):
-        small = Small.of(e for e in involved.get(facet, ()) if _is_small(e, needs[facet][e.order]))
-        if len(small.entries) > 1 and not (whole and facet is Facet.UPDATE):
+        small = Small.of(e for e in involved.get(facet, ()) if is_small(e, needs[facet][e.order]))
+        if small.entries and not (whole and facet is Facet.UPDATE):
             plan.small[facet] = small
     return plan
-
-
-def _is_small(entry: ParameterEntry, needs: Needs) -> bool:
-    parameter: Tensor = entry.parameter
-    return (
-        not needs.others
-        and needs.statistics == SQUARES
-        and 0 < parameter.numel() <= _SMALL
-        and parameter.dtype == torch.float32
-        and parameter.device.type == "cpu"
-        and not hasattr(parameter, "to_local")
-    )

@@ -195,7 +195,7 @@ class UpdateCapture:
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
         unowned: frozenset[int] = frozenset()
-        if not self._partners.stepped:
+        if not self._partners.stepped and len(info.entries) < len(self._engine.index.entries):
             owned = {e.order for e in info.entries} | self._owned()
             unowned = self._unowned.with_first(self._engine.index.entries, owned)
         return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)

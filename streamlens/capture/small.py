@@ -1,0 +1,125 @@
+"""Small float32 parameters on the CPU, of which only 2-norms are wanted.
+
+There calls cost more than arithmetic. NumPy's calls cost a third of torch's, and up to the size that
+counts as small its dot product uses one thread; the arrays are views of the parameters' own memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamlens.capture.table import Needs
+from streamlens.reductions import Statistic
+
+if TYPE_CHECKING:
+    from streamlens.capture.model import ParameterEntry
+
+__all__ = ["SQUARES", "Small", "changes_of", "is_small", "squares_of"]
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+SQUARES: Final = (Statistic("sum_of_squares"),)
+"""What the 2-norm needs, which has passes of its own."""
+
+_SMALL: Final = 1 << 13
+"""Elements up to which a parameter is small; BLAS libraries start threads for longer vectors."""
+
+_TINY: Final = 1e-30
+"""A float32 sum of squares below this may have lost elements to underflow."""
+
+
+def is_small(entry: ParameterEntry, needs: Needs) -> bool:
+    """Whether a parameter is handled here."""
+    parameter: Tensor = entry.parameter
+    return (
+        not needs.others
+        and needs.statistics == SQUARES
+        and 0 < parameter.numel() <= _SMALL
+        and parameter.dtype == torch.float32
+        and parameter.device.type == "cpu"
+        and parameter.is_contiguous()
+        and not hasattr(parameter, "to_local")
+    )
+
+
+@dataclass(eq=False)
+class _Views:
+    """Arrays over the memory of some tensors, good for as long as that stays where it is."""
+
+    addresses: list[int]
+    arrays: list[Array]
+
+
+@dataclass(eq=False)
+class Small:
+    """Small parameters, with arrays over their memory."""
+
+    entries: tuple[ParameterEntry, ...]
+    orders: tuple[int, ...]
+    sizes: Mapping[Any, int]
+    _weights: _Views = field(default_factory=lambda: _Views([], []))
+    _buffers: _Views = field(default_factory=lambda: _Views([], []))
+
+    @classmethod
+    def of(cls, entries: Iterable[ParameterEntry]) -> Small:
+        """These parameters, with what a table wants to know of them."""
+        chosen = tuple(entries)
+        return cls(chosen, tuple(e.order for e in chosen), {e.order: e.parameter.numel() for e in chosen})
+
+    def weights(self) -> list[Array] | None:
+        """The parameters as flat arrays; None if one is not what it was when this was planned."""
+        tensors = [e.parameter for e in self.entries]
+        addresses = [t.data_ptr() for t in tensors]
+        if addresses != self._weights.addresses:
+            if not all(is_small(e, Needs(SQUARES)) for e in self.entries):
+                return None
+            self._weights = _Views(addresses, [t.detach().numpy().reshape(-1) for t in tensors])
+        return self._weights.arrays
+
+    def buffers(self, tensors: Sequence[Tensor]) -> list[Array]:
+        """The kept copies as flat arrays."""
+        addresses = [t.data_ptr() for t in tensors]
+        if addresses != self._buffers.addresses:
+            self._buffers = _Views(addresses, [t.numpy().reshape(-1) for t in tensors])
+        return self._buffers.arrays
+
+
+def _square(array: Array) -> float:
+    # `vdot` takes any shape and any strides.
+    square = float(np.vdot(array, array))
+    if square < _TINY or square == math.inf:
+        # The squares may have left float32's range although the elements have not.
+        wide = array.astype(np.float64)
+        square = float(np.vdot(wide, wide))
+    return square
+
+
+def squares_of(arrays: Iterable[Array]) -> list[list[float]]:
+    """A row for each array: its sum of squares."""
+    with np.errstate(all="ignore"):
+        return [[_square(array)] for array in arrays]
+
+
+def changes_of(weights: Iterable[Array], buffers: Iterable[Array], *, keep_next: bool) -> list[list[float]]:
+    """A row for each pair: the sum of squares of how much it has changed.
+
+    Args:
+        weights: What the parameters are now.
+        buffers: What they were; overwritten.
+        keep_next: Whether the buffers are to hold what the parameters are now.
+    """
+    rows: list[list[float]] = []
+    with np.errstate(all="ignore"):
+        for weight, buffer in zip(weights, buffers, strict=True):
+            np.subtract(weight, buffer, out=buffer)
+            rows.append([_square(buffer)])
+            if keep_next:
+                np.copyto(buffer, weight)
+    return rows
