@@ -345,6 +345,9 @@ class Lens(Stream):
 
         Args:
             state: What `state_dict()` gave, also after `torch.save` and `torch.load`.
+
+        Raises:
+            ValueError: It is not that.
         """
         self._check_open()
         self.engine.load_state_dict(state)

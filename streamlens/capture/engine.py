@@ -40,6 +40,10 @@ _MODEL = ("",)
 _STATS = ("emitted", "late", "incomplete", "duplicate", "dropped", "written", "skipped_nan", "errors")
 """What `stats()` always has."""
 
+_VERSION = 1
+_SNAPSHOT = frozenset({"version", "run_id", "clock", "optimizers", "chains"})
+"""What a snapshot has."""
+
 
 def disabled() -> bool:
     """Whether `STREAMLENS_DISABLED` makes everything inert."""
@@ -233,16 +237,30 @@ class Engine(Source):
     def state_dict(self) -> dict[str, Any]:
         """The clock and the state of every operator, as plain containers and tensors."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "run_id": self.run_id,
             "clock": self.clock.state_dict(),
+            "optimizers": self.updates.partners.state_dict(),
             "chains": self.chain_states(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a snapshot was taken."""
+        """Go on where a snapshot was taken.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not isinstance(state, Mapping) or not state.keys() >= _SNAPSHOT:
+            keys = f"the keys {', '.join(map(repr, state))}" if isinstance(state, Mapping) else repr(state)
+            raise ValueError(f"load_state_dict() takes what lens.state_dict() gave, got {keys}")
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"load_state_dict(): the snapshot has version {state['version']!r}, and this streamlens "
+                f"reads what its own lens.state_dict() gives, version {_VERSION}: use the one that wrote it"
+            )
         self.run_id = str(state["run_id"])
         self.clock.load_state_dict(state["clock"])
+        self.updates.partners.load_state_dict(state["optimizers"])
         self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
         self._due_step = -1
         self.load_chain_states(state["chains"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from streamlens.capture.view import Demand
 
 __all__ = ["Partners", "Reduced"]
+
+_PATIENCE: Final = 16
+"""Steps after a resume in which partners from before may still turn up."""
 
 Reduced = tuple[Output, tuple[Any, ...], Tensor]
 """A reduction's values: what was asked for, the parameters that have it, and the values."""
@@ -47,6 +50,9 @@ class Partners:
         self._engine = engine
         self.stepped: list[OptimizerInfo] = []
         self._known: dict[int, set[int]] = {}
+        self._infos: dict[int, OptimizerInfo] = {}
+        self._restored: dict[frozenset[str], set[frozenset[str]]] = {}
+        self._patience = 0
         self._held: dict[Any, list[_Part]] = {}
         self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
@@ -81,23 +87,72 @@ class Partners:
             (parts[0].output.demands, self._merge(parts)) for parts in held.values()
         ]
         if len(self.stepped) > 1:
-            serials = {info.serial for info in self.stepped}
-            for serial in serials:
-                self._known.setdefault(serial, set()).update(serials - {serial})
+            self._join(self.stepped)
+        if self._restored and self.stepped:
+            self._patience -= 1
+            if not self._patience:
+                self._restored.clear()
         self.stepped = []
         return frames
 
+    def _join(self, infos: Iterable[OptimizerInfo]) -> None:
+        self._infos.update({info.serial: info for info in infos})
+        serials = {info.serial for info in infos}
+        for serial in serials:
+            self._known.setdefault(serial, set()).update(serials - {serial})
+
     def drop(self) -> None:
-        """Let go of what waits."""
+        """Let go of what waits, and of every optimizer."""
         self._held.clear()
+        self._known.clear()
+        self._infos.clear()
+        self.stepped = []
 
     def _missing(self, alive: Iterable[OptimizerInfo]) -> bool:
         """Whether a partner of those that have stepped is still to come."""
+        if self._restored and self._recognise(alive):
+            return True
         if not self._known:
             return False
         stepped = {info.serial for info in self.stepped}
         partners: set[int] = set().union(*(self._known.get(s, set()) for s in stepped))
         return bool((partners - stepped) & {info.serial for info in alive})
+
+    def _recognise(self, alive: Iterable[OptimizerInfo]) -> bool:
+        """Find those that were partners before a resume; whether one of them was not seen yet."""
+        by_names = {_names(info): info for info in alive}
+        unseen = False
+        for info in self.stepped:
+            for names in self._restored.get(_names(info), ()):
+                if names in by_names:
+                    self._join((info, by_names[names]))
+                else:
+                    unseen = True
+        return unseen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Who are partners, told by the names of the parameters that they own."""
+        together = {names: set(others) for names, others in self._restored.items()}
+        for serial, others in self._known.items():
+            known = together.setdefault(_names(self._infos[serial]), set())
+            known.update(_names(self._infos[other]) for other in others)
+        now = {_names(info) for info in self.stepped}
+        for names in now if len(now) > 1 else ():
+            together.setdefault(names, set()).update(now - {names})
+        place = {names: i for i, names in enumerate(together)}
+        return {
+            "parameters": [sorted(names) for names in together],
+            "partners": [sorted(place[n] for n in others if n in place) for others in together.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Wait for these partners too, until they were seen or a few steps have passed."""
+        optimizers = [frozenset(names) for names in state["parameters"]]
+        self._restored = {
+            names: {optimizers[i] for i in others}
+            for names, others in zip(optimizers, state["partners"], strict=True)
+        }
+        self._patience = _PATIENCE
 
     def _merge(self, parts: Sequence[_Part]) -> Frame:
         first = parts[0]
@@ -126,3 +181,8 @@ class Partners:
         """The one tuple of these layers, which is what operators compare first."""
         found = tuple(layers)
         return self._layer_tuples.setdefault(found, found)
+
+
+def _names(info: OptimizerInfo) -> frozenset[str]:
+    """What tells an optimizer across processes: the parameters that it owns."""
+    return frozenset(entry.name for entry in info.entries)

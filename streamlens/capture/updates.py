@@ -60,7 +60,7 @@ class UpdateCapture:
         if expected is not None:
             self.expect(expected)
         self._call: _Call | None = None
-        self._partners = Partners(engine)
+        self.partners = Partners(engine)
         self._unowned = Unowned()
         self._manual: OptimizerInfo | None = None
         self.pace = Pace(engine)
@@ -130,7 +130,7 @@ class UpdateCapture:
         """Let go of everything."""
         self._parameters.reset()
         self._parameters.drop_copies()
-        self._partners.drop()
+        self.partners.drop()
         self._infos.clear()
         if self._call is not None and self._call.lease is not None:
             self._call.lease.end()
@@ -156,7 +156,7 @@ class UpdateCapture:
         info = self._infos[optimizer]
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
-            if info in self._partners.stepped or (closure is not None and engine.clock.updated):
+            if info in self.partners.stepped or (closure is not None and engine.clock.updated):
                 engine.close_step()
             return None
         if self._call is not None and self._call.lease is not None:
@@ -166,7 +166,7 @@ class UpdateCapture:
         wrapped: list[Callable[[], Any]] = []
 
         def prepare() -> None:
-            if info in self._partners.stepped or (closure is not None and engine.clock.updated):
+            if info in self.partners.stepped or (closure is not None and engine.clock.updated):
                 engine.close_step()
             found = getattr(optimizer, "found_inf", None)
             if isinstance(found, Tensor):
@@ -195,7 +195,7 @@ class UpdateCapture:
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
         unowned: frozenset[int] = frozenset()
-        if not self._partners.stepped and len(info.entries) < len(self._engine.index.entries):
+        if not self.partners.stepped and len(info.entries) < len(self._engine.index.entries):
             owned = {e.order for e in info.entries} | self._owned()
             unowned = self._unowned.with_first(self._engine.index.entries, owned)
         return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
@@ -263,7 +263,7 @@ class UpdateCapture:
         if self._manual is None:
             self._manual = OptimizerInfo.by_hand(engine.index)
         info = self._manual
-        if info in self._partners.stepped:
+        if info in self.partners.stepped:
             engine.close_step()
         call = _Call(info)
         if not engine.silent and self._due():
@@ -286,8 +286,8 @@ class UpdateCapture:
         if optimizer is not None and not clock.counted and not engine.silent:
             engine.passes.update_without_forward()
         clock.updated = True
-        self._partners.stepped.append(info)
-        elapsed = self.pace.step_time() if len(self._partners.stepped) == 1 else None
+        self.partners.stepped.append(info)
+        elapsed = self.pace.step_time() if len(self.partners.stepped) == 1 else None
         keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
             self._parameters.invalidate(info.entries)
@@ -330,7 +330,7 @@ class UpdateCapture:
         if call.overflow is not None:
             frames = []
             reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
-        frames += self._partners.gather(reduced, self.optimizers)
+        frames += self.partners.gather(reduced, self.optimizers)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         self.pace.emit(elapsed)
@@ -362,7 +362,7 @@ class UpdateCapture:
         held = [(key, tensors[o]) for key, o in zip(output.keys, output.orders, strict=True) if o in tensors]
         if not held:
             return None
-        layers = self._partners.interned(key for key, _ in held)
+        layers = self.partners.interned(key for key, _ in held)
         frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
         return output.demands, frame
 
@@ -370,7 +370,7 @@ class UpdateCapture:
 
     def release(self) -> None:
         """The step closes: emit what still waited for other optimizers."""
-        frames = self._partners.close_step()
+        frames = self.partners.close_step()
         lease: Lease | None = None
         late = self._unowned.at_end(self._owned()) if self._unowned.waiting else frozenset()
         if late and not self._engine.silent and self._due():
@@ -387,10 +387,10 @@ class UpdateCapture:
         tensors = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
         sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
         frames, reduced = self._framed(sources, lease)
-        return frames + self._partners.gather(reduced, ())
+        return frames + self.partners.gather(reduced, ())
 
     def _complete(self) -> bool:
-        stepped = {id(info.optimizer) for info in self._partners.stepped}
+        stepped = {id(info.optimizer) for info in self.partners.stepped}
         return self._expected is not None and all(id(o) in stepped for o in self._expected)
 
 
