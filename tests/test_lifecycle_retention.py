@@ -197,6 +197,28 @@ def test_no_tensor_of_a_step_outlives_it() -> None:
         assert [reference for reference in (*found, *outputs) if reference() is not None] == []
 
 
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("operators", [(), (sl.uw_ratio(),)], ids=["nothing", "parameters only"])
+def test_a_watched_loss_that_nobody_asked_for_gathers_nothing(operators: tuple[Any, ...]) -> None:
+    model, criterion = small_model(), torch.nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(2, 4), torch.randn(2, 3)
+    counts: list[int] = []
+    with sl.observe(model, loss=criterion, on_error="raise") as lens:
+        if operators:
+            lens.pipe(*operators).subscribe(ignore)
+        for _ in range(8):
+            criterion(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            counts.append(tensors_alive())
+    assert counts[-1] == counts[1]
+
+
 def test_a_disposed_subscription_lets_go_of_its_callback() -> None:
     class Callback:
         def __call__(self, frame: Frame) -> None:

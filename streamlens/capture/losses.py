@@ -23,10 +23,17 @@ R = TypeVar("R")
 
 
 class LossCapture:
-    """The losses watched in a run, and their values in the open micro-step."""
+    """The losses watched in a run, and their values in the open micro-step.
+
+    Attributes:
+        seen: Whether a loss has come yet.
+        labels_seen: Whether labels have.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.seen = False
+        self.labels_seen = False
         self._handles: list[RemovableHandle] = []
         self._watched: dict[int, str] = {}
         self._values: dict[str, Tensor] = {}
@@ -77,18 +84,27 @@ class LossCapture:
     def computed(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """A watched loss has returned."""
         engine = self._engine
+        # Losses are let go when a pass begins, which only what is taken in passes makes known.
+        if not engine.passes.watches_passes or not engine.passes.loss_counts():
+            return
         value = first_tensor(result)
-        if value is None or not value.requires_grad or not engine.passes.loss_counts():
+        if value is None or not value.requires_grad:
             return
         engine.passes.watch_backward(value)
         labels = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
         self.take(name, value)
         target = first_tensor(labels) if labels is not None else None
         if target is not None:
-            engine.forward.measure_batch("input_labels", target, engine.due_now)
+            self.take_labels(target)
+
+    def take_labels(self, labels: Tensor) -> None:
+        """Emit the labels that came with a loss."""
+        self.labels_seen = True
+        self._engine.forward.measure_batch("input_labels", labels, self._engine.due_now)
 
     def take(self, name: str, value: Tensor) -> None:
         """Note a loss of this micro-step; a second call of the same one gets a name of its own."""
+        self.seen = True
         key, call = name, 0
         while key in self._values:
             call += 1
