@@ -222,6 +222,21 @@ def test_close_in_a_callback_silences_at_once_and_leaves_nothing_after_the_next_
     assert optimizer_hooks() == []
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["by the loop", "by batches"])
+def test_a_loop_over_epochs_ends_also_where_the_lens_is_closed_within_it(told: bool) -> None:
+    model = small_model()
+    lens = sl.observe(model)
+    epochs: list[int] = []
+    for epoch in lens.epochs(4):
+        epochs.append(epoch)
+        batches = lens.batches([1, 2]) if told and not lens.closed else [1, 2]
+        assert len(epochs) <= 4, "the loop never ends"
+        for batch in batches:
+            if (epoch, batch) == (1, 2):
+                lens.close()
+    assert epochs == [0, 1, 2, 3]
+
+
 def test_close_during_a_forward_lets_the_forward_finish() -> None:
     class Closing(nn.Module):
         def __init__(self) -> None:

@@ -189,6 +189,8 @@ class Engine(Source):
     def end_epoch(self) -> None:
         """The epoch is over: closes the open step if it had its update."""
         if self.closed:
+            # A loop over `epochs()` goes on without us, and must come to its end.
+            self.clock.end_epoch()
             return
         if self.clock.updated:
             self.close_step()
