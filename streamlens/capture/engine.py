@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from streamlens.capture.absent import Absent
 from streamlens.capture.forward import ForwardCapture
 from streamlens.capture.losses import LossCapture
 from streamlens.capture.model import ModelIndex
@@ -89,6 +90,7 @@ class Engine(Source):
         self.passes = PassWatch(self)
         self.forward = ForwardCapture(self)
         self.losses = LossCapture(self)
+        self.absent = Absent(self)
         self.updates = UpdateCapture(self, optimizers)
         self._root = RootHooks(self)
         if not self.inert:
@@ -181,10 +183,13 @@ class Engine(Source):
         self.passes.flush()
         self.forward.drop()
         self.updates.release()
+        counted = self.clock.counted
         closed = self.clock.close_step()
         self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
         if any(d.view.over(self.clock.step) for d in self.demands):
             self.updates.reset()
+        if counted:
+            self.absent.check(closed)
 
     def end_epoch(self) -> None:
         """The epoch is over: closes the open step if it had its update."""

@@ -128,6 +128,8 @@ class PassWatch:
         self.in_forward = True
         self._engine.forward.opener = name
         if fresh:
+            if clock.micro_step == 0:
+                self._engine.absent.step_begins()
             if self.watches_passes:
                 self._engine.forward.begin_pass(self._engine.due_now)
                 self._engine.losses.begin_pass()
@@ -176,7 +178,7 @@ class PassWatch:
         self._engine.losses.take("loss", loss)
         labels = first_tensor(kwargs.get("labels"))
         if labels is not None:
-            self._engine.forward.measure_batch("input_labels", labels, self._engine.due_now)
+            self._engine.losses.take_labels(labels)
 
     def loss_counts(self) -> bool:
         """Whether a watched loss that is computed now belongs to the open micro-step."""

@@ -117,7 +117,7 @@ def test_several_reductions_of_one_state_are_each_right() -> None:
 
 def test_a_state_that_the_optimizer_does_not_keep_gives_no_frame() -> None:
     model = perceptron()
-    with observed(model) as lens:
+    with sl.observe(model) as lens:
         frames = record(lens, sl.topic(sl.optimizer_state("exp_avg")))
         weights = record(lens, sl.topic("weights"))
         train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES, squared_error)
