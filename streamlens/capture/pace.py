@@ -44,7 +44,7 @@ class Pace:
     def emit(self, elapsed: float | None) -> None:
         """Emit both, if the step's duration is known."""
         engine = self._engine
-        if not elapsed or not engine.wanted(("step_time", "examples_per_second")):
+        if not elapsed or not engine.due_now or not engine.wanted(("step_time", "examples_per_second")):
             return
         engine.emit("step_time", _MODEL, torch.tensor([elapsed]), Kind.STEP)
         if self._examples:

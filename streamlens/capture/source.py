@@ -205,5 +205,5 @@ class Source(Runtime):
 
     def emit_index(self, topic: str, index: int) -> None:
         """Deliver an event that carries an index."""
-        if topic in self.topics:
+        if topic in self.topics and self.due_now:
             self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)

@@ -144,7 +144,8 @@ class UpdateCapture:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
         self.pace.pass_begins()
         if not self._infos and self._updates_due(self._engine.clock.step):
-            self._parameters.keep(self._engine.index.entries)
+            self._manual = self._manual or OptimizerInfo.by_hand(self._engine.index)
+            self._parameters.keep(self._plan(self._manual).entries.get(Facet.UPDATE, ()))
 
     # -- before ------------------------------------------------------------------------------
 
@@ -156,8 +157,7 @@ class UpdateCapture:
         info = self._infos[optimizer]
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
-            if info in self.partners.stepped or (closure is not None and engine.clock.updated):
-                engine.close_step()
+            self.partners.update_begins(info, closure=closure is not None)
             return None
         if self._call is not None and self._call.lease is not None:
             # The step before raised; what it lent ends here.
@@ -166,8 +166,7 @@ class UpdateCapture:
         wrapped: list[Callable[[], Any]] = []
 
         def prepare() -> None:
-            if info in self.partners.stepped or (closure is not None and engine.clock.updated):
-                engine.close_step()
+            self.partners.update_begins(info, closure=closure is not None)
             found = getattr(optimizer, "found_inf", None)
             if isinstance(found, Tensor):
                 if found.device.type == "cpu":
@@ -260,11 +259,8 @@ class UpdateCapture:
     def by_hand(self) -> None:
         """The user says that parameters have been updated without a `torch.optim` optimizer."""
         engine = self._engine
-        if self._manual is None:
-            self._manual = OptimizerInfo.by_hand(engine.index)
-        info = self._manual
-        if info in self.partners.stepped:
-            engine.close_step()
+        info = self._manual = self._manual or OptimizerInfo.by_hand(engine.index)
+        self.partners.update_begins(info)
         call = _Call(info)
         if not engine.silent and self._due():
             if engine.index.stale():
