@@ -56,6 +56,18 @@ class Partners:
         self._held: dict[Any, list[_Part]] = {}
         self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
+    def update_begins(self, info: OptimizerInfo, *, closure: bool = False) -> None:
+        """Close the open step if an update that begins now belongs to one of its own.
+
+        Args:
+            info: The optimizer.
+            closure: Whether the update brings its forward and backward along.
+        """
+        # A clock that was taken over knows that the step had its update, but not whose.
+        another = self._engine.clock.updated and (closure or not self.stepped)
+        if another or info in self.stepped:
+            self._engine.close_step()
+
     def gather(
         self, reduced: Iterable[Reduced], alive: Iterable[OptimizerInfo]
     ) -> list[tuple[Sequence[Demand], Frame]]:
@@ -147,6 +159,9 @@ class Partners:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Wait for these partners too, until they were seen or a few steps have passed."""
+        # What has stepped and what waits belong to a step that is no longer the open one.
+        self.stepped = []
+        self._held.clear()
         optimizers = [frozenset(names) for names in state["parameters"]]
         self._restored = {
             names: {optimizers[i] for i in others}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from streamlens.capture.view import Demand
 
 __all__ = ["UpdateCapture"]
-
-_MODEL: Final = ("",)
 
 _Source: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
 """What was asked for, its statistics, and the tensors themselves."""

@@ -200,6 +200,46 @@ def test_observing_the_model_again_goes_on_counting_and_start_0_begins_anew() ->
     assert seen == [[(0, 0), (1, 0)], [(2, 1), (3, 1)], [(0, 0), (1, 0)]]
 
 
+@pytest.mark.parametrize("kind", ["direct", "by hand", "nobody subscribed"])
+def test_a_clock_goes_on_counting_also_where_no_forward_is_seen(kind: str) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    steps: list[int] = []
+
+    def train(lens: sl.Lens) -> None:
+        for x, y in BATCHES[:2]:
+            (model.forward(x) - y).square().mean().backward()
+            if kind != "by hand":
+                optimizer.step()
+                continue
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * cast("Tensor", parameter.grad))
+            lens.step()
+
+    for _ in range(3):
+        with observed(model) as lens:
+            frames = [] if kind == "nobody subscribed" else record(lens, sl.norm("weights"))
+            train(lens)
+            steps += [lens.current_step] if kind == "nobody subscribed" else [f.step for f in frames]
+    assert steps == ([1, 3, 5] if kind == "nobody subscribed" else [0, 1, 2, 3, 4, 5])
+
+
+def test_a_run_wound_back_in_its_course_counts_from_there() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        frames = record(lens, sl.norm("weights"))
+        start = lens.state_dict()
+        train_by_hand(model, optimizer, BATCHES[:3], squared_error)
+        middle = lens.state_dict()
+        for snapshot_of in (start, middle):
+            train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+            lens.load_state_dict(snapshot_of)
+            train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+    assert [f.step for f in frames] == [0, 1, 2, 3, 0, 1, 2, 3, 4]
+
+
 def test_steps_that_nobody_subscribed_to_count() -> None:
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=0.1)
