@@ -209,6 +209,12 @@ class Engine(Source):
             self.post_frames([(demands, frame)] if demands else [])
         self.post_mark(Mark(MarkKind.EPOCH, step, ended))
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the model has parameters that the index does not know."""
+        model = self.model
+        return model is not None and any(id(p) not in self.index.by_id for p in model.parameters())
+
     def rebuild_index(self) -> None:
         """Look at the model again: parameters or modules have changed."""
         model = self.model

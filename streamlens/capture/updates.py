@@ -85,7 +85,7 @@ class UpdateCapture:
             self._serials += 1
             info = self._infos[optimizer] = OptimizerInfo(optimizer, self._serials)
         if info.refresh(self._engine.index):
-            if info.unknown(self._engine.index):
+            if info.unknown(self._engine.index) and self._engine.outdated:
                 self._engine.rebuild_index()
                 info.refresh(self._engine.index)
             self._parameters.reset()
@@ -141,7 +141,7 @@ class UpdateCapture:
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
         self.pace.pass_begins()
-        if not self._infos and self._updates_due(self._engine.clock.step):
+        if not self.optimizers and self._updates_due(self._engine.clock.step):
             self._manual = self._manual or OptimizerInfo.by_hand(self._engine.index)
             self._parameters.keep(self._plan(self._manual).entries.get(Facet.UPDATE, ()))
 

@@ -216,6 +216,37 @@ def test_an_optimizer_of_another_model_moves_no_clock() -> None:
         assert (lens.current_step, weights) == (0, [])
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_optimizers_made_for_other_tensors_in_every_step_disturb_nothing(by_hand: bool) -> None:
+    """As those of adversarial perturbations are. Looking at the model again each time would cost."""
+    model, twin = perceptron(), perceptron()
+    ours = SGD(model.parameters(), lr=0.1)
+    truth = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[:3], squared_error)
+    hooks: list[list[int]] = []
+    with observed(model) as lens:
+        updates, reduced = record(lens, sl.topic("weight_updates")), record(lens, sl.norm("weight_updates"))
+        outputs = record(lens, sl.norm("activations"))
+        for batch in BATCHES[:3]:
+            perturbation = torch.zeros(5, requires_grad=True)
+            perturbation.sum().backward()
+            SGD([perturbation], lr=0.1).step()
+            hooks.append(list(model.get_submodule("0")._forward_hooks))
+            squared_error(model, batch).backward()
+            if by_hand:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        assert parameter.grad is not None
+                        parameter.sub_(0.1 * parameter.grad)
+                lens.step()
+            else:
+                ours.step()
+            model.zero_grad()
+    changes = [of_role(s.updates(), "weight") for s in truth]
+    assert_steps_equal(reduced, [norms(c) for c in changes], rtol=1e-4)
+    assert [f.step for f in updates] == [f.step for f in outputs] == [0, 1, 2]
+    assert hooks[0] == hooks[1] == hooks[2], "the hooks stay in place"
+
+
 def test_parameters_added_to_an_optimizer_later_have_updates_from_then_on() -> None:
     model = perceptron()
     optimizer = optimizer_of(model, "2", "4")
