@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
-import torch
 from reactivex import Observable, abc
 from reactivex.subject import Subject
 from torch import Tensor, nn
@@ -283,22 +282,12 @@ class Lens(Stream):
 
         Raises:
             StreamlensError: The topic is one that the run emits by itself.
+            TypeError: The topic is no name, or the value is not one of these.
+            ValueError: The layers' values differ in shape.
         """
         self._check_open()
-        engine = self.engine
-        if topic_spec(topic) is not None or topic in engine.derived_topics:
-            raise StreamlensError(
-                f"cannot emit {topic!r}: the run provides that topic itself; choose another name"
-            )
-        engine.user_topics[topic] = None
-        by_layer = value if isinstance(value, Mapping) else {"": value}
-        values = [torch.as_tensor(v).detach() for v in by_layer.values()]
-        if not values:
-            return
-        values = [v.clone() if v.is_floating_point() else v.float() for v in values]
-        if any(v.shape != values[0].shape for v in values):
-            raise ValueError(f"emit({topic!r}): the values of all layers must have one shape")
-        engine.emit(topic, tuple(by_layer), torch.stack(values), Kind.EVENT)
+        self.engine.check_own_topic(topic)
+        self.engine.emit_own(topic, value)
 
     def derive(self, name: str, chain: Observable[Frame]) -> Stream:
         """Make a chain's result a topic of its own, computed once for all who select it.
@@ -377,7 +366,7 @@ class Lens(Stream):
             timeout: Seconds to wait for sinks; no limit if None.
 
         Returns:
-            Whether every sink had written everything in time.
+            Whether every sink had written everything it was given, in time and without a failed write.
         """
         return self.session.close(timeout)
 

@@ -483,7 +483,7 @@ def test_a_flush_or_close_that_raises_is_reported(bench: Bench) -> None:
 
     bench.delivery.connect(Clumsy(), "chain").on_next(frame())
     assert not bench.delivery.flush(5)
-    assert bench.delivery.close(5)
+    assert not bench.delivery.close(5)
     assert [str(error) for error, _ in bench.reports][-1] == "close"
     assert workers() == []
 
@@ -525,7 +525,22 @@ def test_a_report_that_raises_comes_out_on_the_thread_that_trains() -> None:
     delivery.connect(sink, "chain").on_next(frame())
     with pytest.raises(OSError, match="disk full"):
         delivery.flush(5)
-    assert delivery.close(5)
+    assert not delivery.close(5)
+
+
+def test_close_says_whether_anything_was_lost_since_the_sink_was_opened(bench: Bench) -> None:
+    sink = Failing(1)
+    sink.retries = 0
+    proxy = bench.delivery.connect(sink, "chain")
+    proxy.on_next(frame(0))
+    assert not bench.delivery.flush(5)
+    proxy.on_next(frame(1))
+    assert bench.delivery.flush(5)
+    assert not bench.delivery.close(5)
+    again = Delivery(lambda: bench.run, lambda error, where: None)
+    again.connect(sink, "chain").on_next(frame(2))
+    assert again.close(5)
+    assert sink.steps == [1, 2]
 
 
 def test_only_sinks_can_be_connected(bench: Bench) -> None:

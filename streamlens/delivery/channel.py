@@ -64,6 +64,7 @@ class Channel:
         self._flush_wanted = 0
         self._flush_done = 0
         self._flush_failed = False
+        self._failed_before = 0
         self._writers: list[Writer] = []
         self._claims: Claims[Writer] = Claims()
         self._session: Session | None = None
@@ -163,12 +164,12 @@ class Channel:
             deadline: On the monotonic clock.
 
         Returns:
-            Whether everything was written in time.
+            Whether everything was written in time, with no write given up since the sink opened.
         """
         with self._lock:
             thread, session = self._thread, self._session
             if thread is None or thread is threading.current_thread():
-                return True
+                return self._sound()
             left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
             in_time = self._done.wait_for(lambda: self._thread is not thread, left)
             if not in_time:
@@ -179,7 +180,7 @@ class Channel:
         if in_time:
             # It has nothing left to do but return.
             thread.join(1.0)
-            return True
+            return self._sound()
         error = StreamlensError(
             f"{self.name} did not finish in time: {waiting} frames were lost and {in_write} are in a write "
             "that has not come back; allow it more with close(timeout=...)"
@@ -187,6 +188,9 @@ class Channel:
         if session is not None:
             self._fail(error, session)
         return False
+
+    def _sound(self) -> bool:
+        return not self._flush_failed and self._failed == self._failed_before
 
     def stats(self) -> SinkStats:
         """The counters, all of one moment."""
@@ -215,6 +219,7 @@ class Channel:
             raise
         self._thread = thread
         self._abandoned = False
+        self._failed_before = self._failed
         process.worker_started(self)
 
     def _roomy(self, nbytes: int) -> bool:

@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_reported_and_training_goes_on(tmp_pa
     sink.retries = 0
     delivery.connect(sink, "chain").on_next(norms(0, [1.0]))
     assert not delivery.flush(5)
-    assert delivery.close(5)
+    assert not delivery.close(5)
     (report,) = reports
     assert report.startswith(
         f"sink TensorBoard: TensorBoard cannot write to '{tmp_path / 'taken'}': File exists"
