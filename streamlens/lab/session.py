@@ -79,7 +79,7 @@ class Session:
                 if self.verbose:  # now, since the plan ends with the lens
                     self._out.print(lens.explain())
                 if not lens.close(timeout=_PATIENCE):
-                    self._warn(f"not everything was written: a sink failed, or took longer than {_PATIENCE:.0f} s")
+                    self._warn(f"not everything was written: a sink failed or took over {_PATIENCE:.0f} s")
             report = recording.write_report()
         self._summarise(recording, report, seconds, interrupted=interrupted)
         if interrupted:
