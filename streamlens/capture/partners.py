@@ -83,21 +83,19 @@ class Partners:
                 (output.demands, self._frame(output, self._layers(output, keys), values))
                 for output, keys, values in reduced
             ]
-        frames: list[tuple[Sequence[Demand], Frame]] = []
         for output, keys, values in reduced:
-            held = self._held.setdefault(output.group, [])
-            held.append(_Part(output, keys, self._layers(output, keys), values))
-            if not waits:
-                del self._held[output.group]
-                frames.append((output.demands, self._merge(held)))
-        return frames
+            part = _Part(output, keys, self._layers(output, keys), values)
+            self._held.setdefault(output.group, []).append(part)
+        # The last partner may have no part in a frame that has waited for it.
+        return [] if waits else self._release()
+
+    def _release(self) -> list[tuple[Sequence[Demand], Frame]]:
+        held, self._held = self._held, {}
+        return [(parts[0].output.demands, self._merge(parts)) for parts in held.values()]
 
     def close_step(self) -> list[tuple[Sequence[Demand], Frame]]:
         """The step closes: what still waited comes without the layers that nobody updated."""
-        held, self._held = self._held, {}
-        frames: list[tuple[Sequence[Demand], Frame]] = [
-            (parts[0].output.demands, self._merge(parts)) for parts in held.values()
-        ]
+        frames = self._release()
         if len(self.stepped) > 1:
             self._join(self.stepped)
         if self._restored and self.stepped:

@@ -224,6 +224,19 @@ def train_gan(
     return steps
 
 
+def test_a_frame_does_not_wait_longer_for_a_partner_that_has_no_part_in_it() -> None:
+    model = perceptron()
+    matrices = SGD([p for p in model.parameters() if p.ndim > 1], lr=0.1)
+    vectors = SGD([p for p in model.parameters() if p.ndim == 1], lr=0.1)
+    after: list[list[int]] = []
+    with observed(model) as lens:
+        weights = record(lens, sl.norm("weights"))
+        for batch in BATCHES[:4]:
+            run_together(model, (matrices, vectors), [batch])
+            after.append([f.step for f in weights])
+    assert after[1:] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
 def test_a_gan_in_one_module_makes_a_step_of_each_update_and_delays_nothing() -> None:
     gan, twin = Gan(), Gan()
     steps = train_gan(twin, BATCHES[:3])
