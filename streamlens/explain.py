@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ def _text(engine: Engine) -> str:
         + (", nothing runs: STREAMLENS_DISABLED is set" if engine.inert else "")
     ]
     for chain in engine.chains:
-        lines += ["", f"chain {chain.key}", *(f"  {line}" for line in _chain(engine, chain))]
+        lines += ["", f"chain {_without_source(chain.key)}", *(f"  {line}" for line in _chain(engine, chain))]
     if not engine.chains:
         lines += ["", "no chain is subscribed: nothing is captured"]
     lines += ["", "captured", *(f"  {line}" for line in _captured(engine))]
@@ -127,7 +128,7 @@ def _mermaid(engine: Engine) -> str:
                     nodes[topic, what] = f"t{len(nodes)}"
                     lines.append(f'  run --> {nodes[topic, what]}(["{_escape(topic)} {_escape(what)}"])')
                 entries.append(nodes[topic, what])
-        steps = [cell.plan for cell in reversed(chain.cells)] or [chain.plan]
+        steps = [_without_source(p) for p in ([c.plan for c in reversed(chain.cells)] or [chain.plan])]
         previous = list(dict.fromkeys(entries))
         for place, step in enumerate(steps):
             name = f"c{number}_{place}"
@@ -137,6 +138,11 @@ def _mermaid(engine: Engine) -> str:
         lines.append(f'  e{number}[/"{_escape(chain.ends_in)}"/]')
         lines += [f"  {p} --> e{number}" for p in previous]
     return "\n".join(lines)
+
+
+def _without_source(plan: str) -> str:
+    """A plan without the lens at the start of each branch, which is the same everywhere."""
+    return re.sub(r"observe\([^)]*\) \| ", "", plan)
 
 
 def _escape(text: str) -> str:
