@@ -71,7 +71,8 @@ def layers(*which: str | type[nn.Module], depth: int | None = None) -> Operator:
 
     Raises:
         TypeError: Nothing to select by, or something that is neither a pattern nor a class.
-        LayerNotFoundError: When applied to a Lens of a model without such a layer.
+        LayerNotFoundError: When applied to a Lens of a model without such a layer, or to a stream of
+            the model's layers that comes from one.
         StreamlensError: When applied with classes or a depth to a stream that comes from no lens.
     """
     selector = _selector(which, depth)
@@ -81,6 +82,7 @@ def layers(*which: str | type[nn.Module], depth: int | None = None) -> Operator:
         if isinstance(source, Lens):
             return source.narrow(layers=selector)
         stream = checked_source(source)
+        _check_names(stream, selector)
         by_name = not selector.classes and selector.depth is None
         modules = {} if by_name else modules_of(stream, plan)
 
@@ -97,6 +99,22 @@ def layers(*which: str | type[nn.Module], depth: int | None = None) -> Operator:
         return frame_operator(stream, pick, plan)
 
     return apply
+
+
+def _check_names(stream: Stream, selector: LayerSelector) -> None:
+    """Raise for a glob that no layer can match, where a stream's layers are still the model's."""
+    lens = stream.lens
+    if lens is None or stream.foreign or any("@" in glob for glob in selector.globs):
+        return
+    # Groups, functions of frames, and topics of the user's own have layers with names of their own.
+    renaming = (
+        "across_layers(",
+        "scan(",
+        *map(repr, lens.engine.user_topics),
+        *map(repr, lens.engine.derived_topics),
+    )
+    if not any(sign in stream.plan_text for sign in renaming):
+        Lens(lens.engine, lens.session).narrow(layers=selector)
 
 
 def _selector(which: tuple[str | type[nn.Module], ...], depth: int | None) -> LayerSelector:

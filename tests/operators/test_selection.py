@@ -12,7 +12,20 @@ from streamlens import observe
 from streamlens.errors import ExpiredFrameError, LayerNotFoundError, StreamlensError, UnknownTopicError
 from streamlens.frame import Frame, Lease
 from streamlens.lens import Lens
-from streamlens.operators import between, every, layers, mean, norm, per_layer, rename, topic, where
+from streamlens.operators import (
+    across_layers,
+    between,
+    ema,
+    every,
+    layers,
+    mean,
+    norm,
+    per_layer,
+    rename,
+    topic,
+    uw_ratio,
+    where,
+)
 from streamlens.stream import Operator
 from tests.operators.support import frame, ragged, run
 
@@ -212,3 +225,28 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 def test_bad_arguments_are_errors_at_the_call(call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("source", [uw_ratio(), uw_ratio(of="parameters")])
+def test_layers_behind_a_join_refuse_a_glob_that_no_layer_of_the_model_matches(source: Operator) -> None:
+    with (
+        observe(Net()) as lens,
+        pytest.raises(LayerNotFoundError, match=r"'featurs\.\*': did you mean 'features"),
+    ):
+        lens.pipe(source, ema(0.9), layers("featurs.*"))
+
+
+def test_layers_that_an_operator_or_the_user_has_named_are_not_looked_for_in_the_model() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    out: list[Frame] = []
+    with observe(model, emits=["accuracy"], on_error="raise") as lens:
+        grouped = (norm("weights"), across_layers(by={"body": "features.*"}), layers("body"))
+        emitted = (topic("accuracy"), ema(0.9), layers("train"))
+        foreign = (norm("weights"), ops.map(lambda f: f.replace(layers=("a", "b", "c"))), layers("b"))
+        for operators in (grouped, emitted, foreign):
+            lens.pipe(*operators).subscribe(out.append)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        lens.emit("accuracy", {"train": 0.5, "test": 0.25})
+    assert sorted(f.layers for f in out) == [("b",), ("body",), ("train",)]
