@@ -229,11 +229,16 @@ def test_bad_arguments_are_errors_at_the_call(call: Any, kind: type[Exception], 
 
 @pytest.mark.parametrize("source", [uw_ratio(), uw_ratio(of="parameters")])
 def test_layers_behind_a_join_refuse_a_glob_that_no_layer_of_the_model_matches(source: Operator) -> None:
+    model = Net()
     with (
-        observe(Net()) as lens,
+        observe(model) as lens,
         pytest.raises(LayerNotFoundError, match=r"'featurs\.\*': did you mean 'features"),
     ):
         lens.pipe(source, ema(0.9), layers("featurs.*"))
+
+
+def relabelled(given: Frame) -> Frame:
+    return given.replace(layers=("a", "b", "c"))
 
 
 def test_layers_that_an_operator_or_the_user_has_named_are_not_looked_for_in_the_model() -> None:
@@ -243,7 +248,7 @@ def test_layers_that_an_operator_or_the_user_has_named_are_not_looked_for_in_the
     with observe(model, emits=["accuracy"], on_error="raise") as lens:
         grouped = (norm("weights"), across_layers(by={"body": "features.*"}), layers("body"))
         emitted = (topic("accuracy"), ema(0.9), layers("train"))
-        foreign = (norm("weights"), ops.map(lambda f: f.replace(layers=("a", "b", "c"))), layers("b"))
+        foreign = (norm("weights"), ops.map(relabelled), layers("b"))
         for operators in (grouped, emitted, foreign):
             lens.pipe(*operators).subscribe(out.append)
         model(torch.ones(2, 3)).sum().backward()
