@@ -219,6 +219,39 @@ def test_a_watched_loss_that_nobody_asked_for_gathers_nothing(operators: tuple[A
     assert counts[-1] == counts[1]
 
 
+def test_layers_skipped_at_random_leave_nothing_behind() -> None:
+    """Each step has another set of layers, of which something could be kept."""
+
+    class Skips(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(10))
+
+        def forward(self, x: Tensor, chosen: int) -> Tensor:
+            for i, block in enumerate(self.blocks):
+                x = block(x) if chosen >> i & 1 else x
+            return x
+
+    model = Skips()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def containers_alive() -> int:
+        gc.collect()
+        found = [o for o in gc.get_objects() if type(o) in (tuple, dict) or issubclass(type(o), Tensor)]
+        return len(found) + sum(len(o) for o in found if type(o) is dict)
+
+    with sl.observe(model, on_error="raise") as lens:
+        for operator in (sl.norm("activations"), sl.mean("weight_gradients"), sl.rms("weight_gradients")):
+            lens.pipe(operator).subscribe(ignore)
+        for chosen in range(1, 1024):
+            if chosen == 500:
+                before = containers_alive()
+            model(torch.ones(1, 2), chosen).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert containers_alive() - before < 500
+
+
 def test_a_disposed_subscription_lets_go_of_its_callback() -> None:
     class Callback:
         def __call__(self, frame: Frame) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture.hooks import first_tensor
+from streamlens.capture.interned import Interned
 from streamlens.capture.pass_hooks import AccumulateHook, GradientHook, ModuleHook, PartBegins, PartEnds
 from streamlens.capture.pass_plan import PASS_TOPICS, PassOutput, PassPlan, compile_pass, layers_by_topic
 from streamlens.capture.table import Needs, Table
@@ -53,7 +54,7 @@ class ForwardCapture:
         self._plans: dict[tuple[int, ...], PassPlan] = {}
         self._sides: dict[str, _Side] = {}
         self._overwritten: set[str] = set()
-        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._interned = Interned()
         self._repeated: dict[str, int] = {}
         self._batch_calls: dict[str, int] = {}
         self.plan: PassPlan | None = None
@@ -262,7 +263,7 @@ class ForwardCapture:
         good = [(key, value) for key, value, version in held if self._intact(side.calls[key], value, version)]
         if not good:
             return None
-        names = self._interned(tuple(key for key, _ in good))
+        names = self._interned(key for key, _ in good)
         return engine.frame(topic, names, tuple(v for _, v in good), kind=Kind.MICRO_STEP, lease=lease)
 
     def _intact(self, name: str, value: Tensor, version: int) -> bool:
@@ -314,11 +315,7 @@ class ForwardCapture:
             name, _, call = key.partition("@")
             return order.get(name, last), int(call or 0)
 
-        return self._interned(tuple(sorted(keys, key=place)))
-
-    def _interned(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        # The same layers give the same object, which is what operators compare first.
-        return self._layer_tuples.setdefault(layers, layers)
+        return self._interned(sorted(keys, key=place))
 
     def _layer_error(self, key: Hashable, error: Exception) -> None:
         self._engine.report(error, f"layer {key!r}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from streamlens.capture.interned import Interned
 from streamlens.capture.optimizers import OptimizerInfo
 from streamlens.capture.plan import Output
 from streamlens.frame import Frame
@@ -44,6 +45,7 @@ class Partners:
 
     Attributes:
         stepped: The optimizers that have stepped in the open step, in order.
+        interned: Makes equal layers one object.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -54,7 +56,7 @@ class Partners:
         self._restored: dict[frozenset[str], set[frozenset[str]]] = {}
         self._patience = 0
         self._held: dict[Any, list[_Part]] = {}
-        self._layer_tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.interned = Interned()
 
     def update_begins(self, info: OptimizerInfo, *, closure: bool = False) -> None:
         """Close the open step if an update that begins now belongs to one of its own.
@@ -189,11 +191,6 @@ class Partners:
         name = output.spec.name + (f".{output.reduction.name}" if output.reduction is not None else "")
         components = output.reduction.components if output.reduction is not None else ()
         return self._engine.frame(name, layers, values, components=components)
-
-    def interned(self, layers: Iterable[str]) -> tuple[str, ...]:
-        """The one tuple of these layers, which is what operators compare first."""
-        found = tuple(layers)
-        return self._layer_tuples.setdefault(found, found)
 
 
 def _names(info: OptimizerInfo) -> frozenset[str]:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from streamlens.capture.interned import MOST_SETS
 from streamlens.reductions import (
     Reduction,
     Statistic,
@@ -64,6 +65,8 @@ class Sizes:
         """The sizes of some layers as a vector, where `like` is."""
         found = self._counts.get(keys)
         if found is None:
+            if len(self._counts) >= MOST_SETS:
+                self._counts.clear()
             sizes = torch.tensor([float(self.by_key[k]) for k in keys], dtype=like.dtype)
             found = self._counts[keys] = _beside(sizes, like)
         return found
@@ -72,6 +75,8 @@ class Sizes:
         """Where the wanted layers are among those held, as an index."""
         found = self._places.get((held, wanted))
         if found is None:
+            if len(self._places) >= MOST_SETS:
+                self._places.clear()
             order = {key: i for i, key in enumerate(held)}
             found = _beside(torch.tensor([order[k] for k in wanted], dtype=torch.long), like)
             self._places[held, wanted] = found
