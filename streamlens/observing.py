@@ -20,6 +20,7 @@ from streamlens.lens import Lens
 from streamlens.notebook import CellKey, current_cell
 from streamlens.runtime import log
 from streamlens.session import Session
+from streamlens.topics import check_own_topic
 
 __all__ = ["observe"]
 
@@ -77,24 +78,11 @@ def observe(
         raise TypeError(
             f"observe() needs a torch.nn.Module, got {type(model).__name__}: pass the network itself"
         )
-    if loss is not None and not isinstance(loss, nn.Module):
-        raise TypeError(
-            f"observe(loss=...) needs an nn.Module, got {getattr(loss, '__name__', type(loss).__name__)}; "
-            "for a function write criterion = lens.watch_loss(function)"
-        )
-    for option, value, allowed in (
-        ("count", count, ("training", "grad")),
-        ("on_error", on_error, ("report", "raise")),
-    ):
-        if value is not None and value not in allowed:
-            hint = did_you_mean(str(value), allowed)
-            raise ValueError(
-                f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}"
-            )
-    if start not in (None, 0):
-        raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
+    _check_options(loss, count, name, start, emits, metadata, on_error)
+    if optimizers is not None:
+        _check_optimizers(model, optimizers)
     close_orphans()
     cell = current_cell()
     _close_rerun_cell(cell)
@@ -111,11 +99,65 @@ def observe(
             engine.on_error = on_error
     if loss is not None and not engine.inert:
         engine.losses.watch_module(loss)
-    engine.user_topics.update(dict.fromkeys(emits))
+    for topic in emits:
+        engine.check_own_topic(topic)
     engine.extra_metadata.update(metadata or {})
     session = Session(engine, cell)
     engine.sessions.add(session)
     return Lens(engine, session)
+
+
+def _check_options(
+    loss: object,
+    count: object,
+    name: object,
+    start: object,
+    emits: Sequence[str],
+    metadata: object,
+    on_error: object,
+) -> None:
+    """Raise for the first option of `observe` that is wrong."""
+    if loss is not None and not isinstance(loss, nn.Module):
+        raise TypeError(
+            f"observe(loss=...) needs an nn.Module, got {getattr(loss, '__name__', type(loss).__name__)}; "
+            "for a function write criterion = lens.watch_loss(function)"
+        )
+    for option, value, allowed in (
+        ("count", count, ("training", "grad")),
+        ("on_error", on_error, ("report", "raise")),
+    ):
+        if value is not None and value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise ValueError(
+                f"observe({option}={value!r}): {hint or 'allowed are ' + ' and '.join(map(repr, allowed))}"
+            )
+    if start not in (None, 0):
+        raise ValueError(f"observe(start={start!r}): 0 begins the clock anew; None goes on counting")
+    if not isinstance(name, str):
+        raise TypeError(f"observe(name={name!r}): the label is a string")
+    if isinstance(emits, str):
+        raise TypeError(f"observe(emits={emits!r}) needs a list of topics: emits=[{emits!r}]")
+    for topic in emits:
+        check_own_topic(topic)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"observe(metadata=...) needs a mapping, got {type(metadata).__name__}")
+
+
+def _check_optimizers(model: nn.Module, optimizers: object) -> None:
+    """Raise for what is no optimizer, or one of another model."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "observe(optimizers=...) needs instances of torch.optim.Optimizer, got "
+                f"{optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__}"
+            )
+        if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
+            raise StreamlensError(
+                f"observe(optimizers=...): this {type(optimizer).__name__} owns none of the model's "
+                "parameters; pass the one that was made from model.parameters(), or leave the option out "
+                "and let optimizers be found"
+            )
 
 
 def _merge(

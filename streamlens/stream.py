@@ -201,6 +201,9 @@ class _Terminal:
         self.ended = False
         self._proxy: abc.ObserverBase[Frame] | None = None
         chain.complete = self.on_completed
+        if isinstance(on_next, type) and issubclass(on_next, abc.ObserverBase):
+            name = on_next.__name__
+            raise TypeError(f"subscribe() was given the class {name}: make one, {name}(...), and pass that")
         if isinstance(on_next, Sink):
             chain.ends_in = type(on_next).__name__
             self._proxy = runtime.delivery.connect(on_next, chain.key)

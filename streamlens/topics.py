@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streamlens.errors import UnknownTopicError, did_you_mean
+from streamlens.errors import StreamlensError, UnknownTopicError, did_you_mean
 from streamlens.frame import Kind
 
-__all__ = ["TOPICS", "Facet", "Phase", "TopicSpec", "optimizer_state", "topic_spec", "unknown_topic"]
+__all__ = [
+    "TOPICS",
+    "Facet",
+    "Phase",
+    "TopicSpec",
+    "check_own_topic",
+    "optimizer_state",
+    "topic_spec",
+    "unknown_topic",
+]
 
 
 class Phase(enum.Enum):
@@ -133,3 +142,22 @@ def unknown_topic(name: object, known: Iterable[str]) -> UnknownTopicError:
         f"unknown topic {name!r}" + (f": {hint}" if hint else "") + f" Topics: {', '.join(names)}; "
         "your own come from lens.emit() and lens.derive()"
     )
+
+
+def check_own_topic(name: object, derived: Collection[str] = ()) -> None:
+    """Raise for what cannot be the name of a topic of the user's own.
+
+    Args:
+        name: The name.
+        derived: Topics that are made from others.
+
+    Raises:
+        TypeError: It is no name.
+        StreamlensError: The run provides that topic itself.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"emit() needs a topic's name such as 'validation_loss', got {name!r}")
+    if topic_spec(name) is not None or name in derived:
+        raise StreamlensError(
+            f"cannot emit {name!r}: the run provides that topic itself; choose another name"
+        )

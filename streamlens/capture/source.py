@@ -17,7 +17,7 @@ from streamlens.capture.view import Demand, View
 from streamlens.chain import Mark, current_chain
 from streamlens.frame import Frame, Kind, Lease
 from streamlens.runtime import Runtime
-from streamlens.topics import TOPICS, TopicSpec, topic_spec, unknown_topic
+from streamlens.topics import TOPICS, TopicSpec, check_own_topic, topic_spec, unknown_topic
 
 __all__ = ["Source"]
 
@@ -203,7 +203,45 @@ class Source(Runtime):
         if demands and not self.silent:
             self.post_frames([(demands, self.frame(topic, layers, values, kind=kind))])
 
+    def check_own_topic(self, topic: str) -> None:
+        """Make sure that a topic may be the user's own, and that it can be selected from now on.
+
+        Raises:
+            TypeError: It is no name.
+            StreamlensError: The run provides it itself.
+        """
+        check_own_topic(topic, self.derived_topics)
+        self.user_topics[topic] = None
+
+    def emit_own(self, topic: str, value: float | Tensor | Mapping[str, Any]) -> None:
+        """Deliver a number of the user's own, or one a layer.
+
+        Raises:
+            TypeError: The value is no number, tensor or mapping of layers to these.
+            ValueError: The layers' values differ in shape.
+        """
+        by_layer = value if isinstance(value, Mapping) else {"": value}
+        for layer in by_layer:
+            if not isinstance(layer, str):
+                raise TypeError(f"emit({topic!r}): layers are named by strings, got {layer!r}")
+        values = [_owned(topic, entry) for entry in by_layer.values()]
+        if any(v.shape != values[0].shape for v in values):
+            raise ValueError(f"emit({topic!r}): the values of all layers must have one shape")
+        if values:
+            self.emit(topic, tuple(by_layer), torch.stack(values), Kind.EVENT)
+
     def emit_index(self, topic: str, index: int) -> None:
         """Deliver an event that carries an index."""
         if topic in self.topics and self.due_now:
             self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)
+
+
+def _owned(topic: str, value: object) -> Tensor:
+    """A floating-point copy of a number or tensor."""
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"emit({topic!r}) takes a number, a tensor or a mapping of layers to these, got {value!r}"
+        ) from None
+    return tensor.clone() if tensor.is_floating_point() else tensor.float()
