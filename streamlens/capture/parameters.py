@@ -109,7 +109,10 @@ class ParameterCapture:
             if len(rest) != len(plan.entries[Facet.GRADIENT]):
                 small = Small.of(e for e in small.entries if e.order in rest)
             gradients = [rest[order] for order in small.orders]
-            if gradients and all(g.layout is torch.strided for g in gradients):
+            # A model may have been moved to another precision or device since this was planned.
+            if gradients and all(
+                g.layout is torch.strided and g.dtype == torch.float32 and g.is_cpu for g in gradients
+            ):
                 table.put_rows(SQUARES, small.orders, squares_of([g.numpy() for g in gradients]), small.sizes)
                 for order in small.orders:
                     del rest[order]

@@ -64,7 +64,7 @@ class Sizes:
     def counts(self, keys: Keys, like: Tensor) -> Tensor:
         """The sizes of some layers as a vector, where `like` is."""
         found = self._counts.get(keys)
-        if found is None:
+        if found is None or found.device != like.device:
             if len(self._counts) >= MOST_SETS:
                 self._counts.clear()
             sizes = torch.tensor([float(self.by_key[k]) for k in keys], dtype=like.dtype)
@@ -74,7 +74,7 @@ class Sizes:
     def places(self, held: Keys, wanted: Keys, like: Tensor) -> Tensor:
         """Where the wanted layers are among those held, as an index."""
         found = self._places.get((held, wanted))
-        if found is None:
+        if found is None or found.device != like.device:
             if len(self._places) >= MOST_SETS:
                 self._places.clear()
             order = {key: i for i, key in enumerate(held)}

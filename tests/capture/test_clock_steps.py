@@ -295,6 +295,27 @@ def test_a_model_moved_to_another_precision_goes_on() -> None:
     assert_steps_equal(updates[2:], wanted, steps=[2, 3], rtol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_moved_to_another_precision_goes_on_with_the_optimizer_it_had(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    moved = [(x.to(dtype), y.to(dtype)) for x, y in BATCHES[2:4]]
+    with observed(model) as lens:
+        gradients, weights, updates = (
+            record(lens, sl.norm(topic)) for topic in ("weight_gradients", "weights", "weight_updates")
+        )
+        train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+        model.to(dtype)
+        truth = train_by_hand(model, optimizer, moved, squared_error)
+    for frames, values in (
+        (gradients, [s.gradients for s in truth]),
+        (weights, [s.after for s in truth]),
+        (updates, [s.updates() for s in truth]),
+    ):
+        wanted = [norms(of_role(v, "weight")) for v in values]
+        assert_steps_equal(frames[2:], wanted, steps=[2, 3], rtol=1e-5)
+
+
 def test_a_backward_that_raises_is_over_with_the_next_forward() -> None:
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=0.1)
