@@ -93,6 +93,7 @@ def stateful(
         raw: Whether the result still holds the model's own tensors.
     """
     stream = as_stream(source)
+    stream.check_subscribable()
     if per_step:
         stream = average_micro_steps(stream)
     runtime = stream.runtime

@@ -14,7 +14,9 @@ from reactivex.abc import ObserverBase
 from reactivex.subject import Subject
 
 import streamlens.operators
+from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
+from streamlens.nodes import Node, stateful
 from streamlens.operators import (
     across_layers,
     align,
@@ -238,3 +240,9 @@ def test_operators_follow_each_other_in_any_order(names: list[str]) -> None:
             source.on_next(item)
     source.on_completed()
     assert log.ends == ["completed"]
+
+
+def test_an_operator_built_on_a_node_refuses_a_lens_with_nothing_selected() -> None:
+    model = torch.nn.Linear(1, 1)
+    with streamlens.observe(model) as lens, pytest.raises(StreamlensError, match="no topic selected"):
+        stateful(lens, Node, "mine()")
