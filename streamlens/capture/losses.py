@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture.hooks import Hook, first_tensor
@@ -35,10 +37,9 @@ class LossCapture:
         self.seen = False
         self.labels_seen = False
         self._handles: list[RemovableHandle] = []
-        self._watched: dict[int, str] = {}
+        self._watched: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._values: dict[str, Tensor] = {}
         self._sent = False
-        self._keep_alive: list[Any] = []
 
     @property
     def watched(self) -> bool:
@@ -47,10 +48,9 @@ class LossCapture:
 
     def watch_module(self, loss: nn.Module) -> None:
         """Take prediction, labels and loss from a loss module's forward."""
-        if id(loss) in self._watched:
+        if loss in self._watched:
             return
-        name = self._name(type(loss).__name__)
-        self._watched[id(loss)] = name
+        name = self._watched[loss] = self._name(type(loss).__name__)
         self._handles.append(loss.register_forward_hook(_LossHook(self._engine, name), with_kwargs=True))
 
     def watch_function(self, loss: Callable[P, R]) -> Callable[P, R]:
@@ -65,9 +65,12 @@ class LossCapture:
                 engine.guard(engine.losses.computed, name, args, kwargs, result)
             return result
 
-        self._watched[id(watched)] = name
-        self._keep_alive.append(watched)
+        self._watched[watched] = name
         return watched
+
+    def is_loss(self, module: nn.Module | None) -> bool:
+        """Whether a part of the model gives a loss and not an output."""
+        return isinstance(module, _Loss) or (module is not None and module in self._watched)
 
     def _name(self, base: str) -> str:
         taken, name, ordinal = set(self._watched.values()), base, 1

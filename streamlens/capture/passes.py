@@ -137,8 +137,7 @@ class PassWatch:
             self._engine.emit_index("batch_started", clock.batch)
         # Of parts called one after the other, the first has the batch.
         if self._watches_input and self._engine.due_now and (fresh or not name):
-            data = first_tensor(args) if args else None
-            data = data if data is not None else first_tensor(kwargs)
+            data = next(tensors_in((args, kwargs)), None)
             if data is not None:
                 self._engine.updates.pace.count_examples(data)
                 self._engine.forward.measure_batch("input_data", data, self._engine.due_now)
@@ -146,7 +145,9 @@ class PassWatch:
     def forward_ends(self, output: Any, kwargs: Mapping[str, Any] | None = None) -> None:
         """The module that began the forward returns; None if it raised."""
         self.in_forward = False
-        rooted = not self._engine.forward.opener
+        opener = self._engine.forward.opener
+        rooted = not opener
+        is_loss = self._engine.losses.is_loss(self._engine.index.modules.get(opener)) if opener else False
         self._engine.forward.opener = None
         if output is None or self._engine.idle or self._engine.silent:
             if self.watches_passes and sys.exc_info()[0] is not None:
@@ -164,7 +165,7 @@ class PassWatch:
         result = first_tensor(output)
         if result is not None and rooted:
             self._engine.forward.measure_batch("network_output", result, due)
-        elif result is not None and "network_output" in self._engine.topics:
+        elif result is not None and "network_output" in self._engine.topics and not is_loss:
             # Of parts called one after the other, the last has the output.
             self._late_output = result.detach()
         if rooted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
@@ -81,6 +82,64 @@ def test_a_loss_module_given_to_observe_is_watched_with_keyword_arguments_too() 
         )
     assert numbers(losses) == pytest.approx([s.losses[0] for s in steps])
     assert all(torch.equal(f[""], y) for f, (_, y) in zip(labels, batches, strict=True))
+
+
+def test_a_loss_module_that_takes_the_place_of_one_that_is_gone_is_watched() -> None:
+    model, (batch,) = perceptron(), regression(1, 1, (6, 5))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        losses = record(lens, sl.topic("loss"))
+        for step in range(5):
+            criterion = lens.watch_loss(nn.MSELoss())
+            criterion(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            assert len(losses) == step + 1
+            # So that the next one lies where this one lay.
+            del criterion
+    assert {f.components for f in losses} == {()}
+
+
+def test_the_batch_is_the_first_tensor_also_where_a_gradient_reaches_another() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.zeros(1, 3))
+            self.cell = nn.RNNCell(5, 3)
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            return cast("Tensor", self.cell(x, state.expand(len(x), -1)))
+
+    model, batches = Recurrent(), regression(1, 2, (6, 5))
+    with observed(model) as lens:
+        data = record(lens, sl.topic("input_data"))
+        train_by_hand(
+            model,
+            SGD(model.parameters(), lr=0.1),
+            batches,
+            lambda m, batch: mse_loss(m(batch[0], model.start * 1), batch[1]),
+        )
+    assert_steps_equal(data, [{"": x} for x, _ in batches])
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_loss_that_is_a_part_of_a_model_whose_root_is_never_called_is_not_its_output(watched: bool) -> None:
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(5, 3)
+            self.criterion = nn.MSELoss()
+
+    model, batches = Task(), regression(1, 3, (6, 5))
+    outputs: list[Tensor] = []
+
+    def loss_of(m: nn.Module, batch: Batch) -> Tensor:
+        outputs.append(model.body(batch[0]))
+        return cast("Tensor", model.criterion(outputs[-1], batch[1]))
+
+    with observed(model, loss=model.criterion if watched else None) as lens:
+        made = record(lens, sl.topic("network_output"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), batches, loss_of)
+    assert_steps_equal(made, [{"": o.detach()} for o in outputs])
 
 
 def test_two_watched_losses_are_components_of_one_frame() -> None:
