@@ -15,6 +15,7 @@ from reactivex import ConnectableObservable, Observable, abc
 from reactivex.disposable import Disposable
 
 from streamlens.chain import Chain, current_chain
+from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.runtime import Runtime, default_runtime
 from streamlens.sink import Sink
@@ -133,13 +134,14 @@ class Stream(Observable[Frame]):
 
         Raises:
             ClosedLensError: The lens is closed.
-            StreamlensError: The chain cannot work, for the reason named.
+            StreamlensError: The chain cannot work, for the reason named, or `name` is taken.
         """
         if current_chain.get() is not None:
             # An operator subscribes upstream: the chain under way collects what it needs.
             return super().subscribe(cast("Any", on_next), on_error, on_completed, scheduler=scheduler)
         self.runtime.check_open()
         self.check_subscribable()
+        self._check_name(name)
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
         chain.session = self.lens.session if self.lens is not None else None
         self._warn_of_ambiguity(chain, name)
@@ -164,6 +166,13 @@ class Stream(Observable[Frame]):
 
     def check_subscribable(self) -> None:
         """Raise where subscribing could not work; a Lens checks that something is selected."""
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and self.lens is not None and any(c.key == name for c in self.runtime.chains):
+            raise StreamlensError(
+                f"subscribe(name={name!r}): another chain has that name, and one of them would lose its "
+                "saved state: choose another name, or dispose the earlier subscription first"
+            )
 
     def _warn_of_ambiguity(self, chain: Chain, name: str | None) -> None:
         if (

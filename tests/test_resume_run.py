@@ -342,6 +342,17 @@ def test_equal_plans_with_foreign_operators_warn_and_a_name_silences_it() -> Non
         assert caught[0].filename == __file__, "the warning points at the caller"
 
 
+def test_a_name_that_another_chain_has_is_refused_until_that_one_is_disposed() -> None:
+    model = small_model()
+    with sl.observe(model) as lens:
+        first = lens.pipe(sl.norm("weights"), sl.ema(0.5)).subscribe(print, name="mine")
+        with pytest.raises(sl.StreamlensError, match=r"'mine'.*another name"):
+            lens.pipe(sl.uw_ratio(), sl.ema(0.5)).subscribe(print, name="mine")
+        first.dispose()
+        lens.pipe(sl.uw_ratio(), sl.ema(0.5)).subscribe(print, name="mine")
+        assert list(lens.state_dict()["chains"]) == ["mine"]
+
+
 def test_a_snapshot_that_does_not_fit_a_chain_is_reported_and_the_chain_begins_afresh() -> None:
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
