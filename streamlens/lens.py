@@ -302,10 +302,13 @@ class Lens(Stream):
             The stream of the derived topic.
 
         Raises:
+            TypeError: The name is no string, or empty.
             StreamlensError: The name is taken, or the chain is not of this lens.
         """
         self._check_open()
         engine = self.engine
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"derive() needs a topic's name such as 'smoothed', got {name!r}")
         if name in engine.known_topics or topic_spec(name) is not None:
             raise StreamlensError(f"cannot derive {name!r}: there is a topic of that name already")
         if not isinstance(chain, Stream) or chain.runtime is not engine:

@@ -61,10 +61,20 @@ class Stream(Observable[Frame]):
         self.raw = raw
 
     def pipe(self, *operators: Callable[[Any], Any]) -> Any:
-        """Apply operators from left to right; what they return is a Stream where it can be one."""
+        """Apply operators from left to right; what they return is a Stream where it can be one.
+
+        Raises:
+            TypeError: Something that is no operator, such as a sink.
+        """
         result: Any = self
-        for operator in operators:
+        for operator in cast("tuple[Any, ...]", operators):
             before = result
+            if not callable(operator):
+                end = f"; end the chain in it: .subscribe({type(operator).__name__}(...))"
+                raise TypeError(
+                    f"pipe() takes operators such as ema(0.9), got {operator!r}"
+                    + (end if isinstance(operator, Sink) else "")
+                )
             result = operator(result)
             if (
                 isinstance(before, Stream)

@@ -1,0 +1,36 @@
+"""`Stream.pipe` and `Lens.derive` refuse what they cannot work with, and say what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+import streamlens as sl
+
+
+@pytest.fixture
+def lens() -> Iterator[sl.Lens]:
+    model = nn.Linear(1, 1)
+    with sl.observe(model) as lens:
+        yield lens
+
+
+def test_a_sink_among_the_operators_is_refused_and_shown_where_it_goes(lens: sl.Lens) -> None:
+    table: Any = sl.sinks.Table()
+    with pytest.raises(TypeError, match=r"pipe\(\) takes operators.*\.subscribe\(Table"):
+        lens.pipe(sl.norm("weights"), table)
+
+
+@pytest.mark.parametrize("thing", [3, None, "ema"])
+def test_what_is_no_operator_is_refused_by_name(lens: sl.Lens, thing: Any) -> None:
+    with pytest.raises(TypeError, match=rf"pipe\(\) takes operators.*got {thing!r}$"):
+        lens.pipe(sl.norm("weights"), thing)
+
+
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_a_derived_topic_needs_a_name(lens: sl.Lens, name: Any) -> None:
+    with pytest.raises(TypeError, match=r"derive\(\) needs a topic's name"):
+        lens.derive(name, lens.pipe(sl.norm("weights")))
