@@ -77,7 +77,7 @@ def _asked(demand: Demand) -> str:
     parts = []
     for topic in view.topics:
         layers = demand.layers.get(topic)
-        parts.append(topic + ("" if layers is None else f" of {len(layers)} layers"))
+        parts.append(topic + ("" if layers is None else f" of {len(layers)} layer{'s' * (len(layers) != 1)}"))
     text = ", ".join(parts)
     if view.reduction is not None:
         text += f", reduced to {view.reduction.describe()} where it is taken"

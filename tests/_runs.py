@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -228,7 +227,7 @@ def train(
 
     def step() -> None:
         if recipe.by_closure:
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[arg-type] # a loss is a tensor in practice
             return
         optimizer.zero_grad()
         for _ in range(recipe.accumulation):
@@ -293,7 +292,7 @@ def steps_of(
     for _ in range(count):
         optimizer.zero_grad()
         x = torch.randn(6, inputs, generator=data)
-        loss = F.cross_entropy(model(x), torch.randint(0, CLASSES, (6,), generator=data))
+        loss = nn.functional.cross_entropy(model(x), torch.randint(0, CLASSES, (6,), generator=data))
         loss.backward()
         optimizer.step()
         yield loss.detach()

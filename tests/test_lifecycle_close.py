@@ -38,7 +38,9 @@ class ToFile(Sink):
         self.file.close()
 
 
-HOOK_TABLES = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
+HOOK_TABLES = [
+    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))
+]
 
 
 def hooks_of(model: nn.Module) -> list[object]:
@@ -115,9 +117,15 @@ def test_closing_completes_every_stream_once() -> None:
 
 def test_a_with_block_closes_also_when_training_raises() -> None:
     model = small_model()
-    with pytest.raises(RuntimeError, match="diverged"), sl.observe(model) as lens:
-        lens.pipe(sl.norm("weights")).subscribe(ignore)
-        raise RuntimeError("diverged")
+    lens = sl.observe(model)
+
+    def run() -> None:
+        with lens:
+            lens.pipe(sl.norm("weights")).subscribe(ignore)
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        run()
     assert lens.closed
     assert hooks_of(model) == []
 

@@ -1,4 +1,4 @@
-"""Copies and files of an observed model carry nothing of the lens, and the lens follows the original alone."""
+"""Copies and files of an observed model carry nothing of the lens, which follows the original alone."""
 
 from __future__ import annotations
 
@@ -170,9 +170,11 @@ def test_loading_weights_in_mid_run_is_no_update() -> None:
             model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
             if assign:
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            before = model[0].weight.detach().clone()
+            before = model.get_parameter("0.weight").detach().clone()
             list(steps_of(model, optimizer, 1))
-            assert updates[-1] == pytest.approx((model[0].weight.detach() - before).norm().item(), rel=1e-5)
+            assert updates[-1] == pytest.approx(
+                (model.get_parameter("0.weight").detach() - before).norm().item(), rel=1e-5
+            )
     assert len(updates) == 3
 
 

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,11 +82,11 @@ class Shell:
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
+def shell(monkeypatch: pytest.MonkeyPatch) -> Shell:
     ipython, shell = types.ModuleType("IPython"), Shell()
     ipython.get_ipython = lambda: shell  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
-    yield shell
+    return shell
 
 
 def test_a_cell_run_again_closes_its_earlier_lens(shell: Shell, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,10 +141,9 @@ def test_without_a_cell_id_the_cells_code_tells_it(shell: Shell) -> None:
     model = nn.Linear(2, 2)
     first = run("lens = sl.observe(model)")
     other = run("lens = sl.observe(model)  # another cell")
-    assert not first.closed
+    assert [lens.closed for lens in (first, other)] == [False, False]
     again = run("lens = sl.observe(model)")
-    assert first.closed
-    assert not other.closed
+    assert [lens.closed for lens in (first, other)] == [True, False]
     for lens in (other, again):
         lens.close()
 
