@@ -313,6 +313,18 @@ def test_a_full_disk_is_said_in_one_line_and_training_goes_on(
     assert f"Trained after {STEPS} steps" in words(result.stdout)
 
 
+def test_where_streamlens_is_switched_off_the_run_says_that_nothing_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMLENS_DISABLED", "1")
+    result = train("--epochs", "1", "--ratio", "--out", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "STREAMLENS_DISABLED is set: nothing was recorded" in words(result.output)
+    assert "warning" not in result.output
+    assert "Trained after" in result.output
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_a_loss_that_diverges_is_data_and_not_an_error(tmp_path: Path) -> None:
     options = ("-o", "SGD", "-l", "1e30", "--ratio", "--norm")
     result = streamlens("train", *SHORT, *options, "-v", "none", "--out", tmp_path)
