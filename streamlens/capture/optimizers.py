@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from streamlens.capture.model import ModelIndex, ParameterEntry
 
-__all__ = ["OptimizerInfo", "StepListener", "StepWatch", "describe", "step_watch"]
+__all__ = ["OptimizerInfo", "StepListener", "StepWatch", "step_watch"]
 
 _WRAPPER: Final = next(
     (
@@ -64,7 +64,8 @@ class StepWatch:
     """The global hooks and the engines they serve."""
 
     def __init__(self) -> None:
-        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Replaced and never changed: other threads may be going through it.
+        self._listeners: tuple[weakref.ref[StepListener], ...] = ()
         self._handles: list[RemovableHandle] = []
         self._local = threading.local()
         self._lock = threading.RLock()
@@ -72,7 +73,7 @@ class StepWatch:
     def add(self, listener: StepListener) -> None:
         """Serve one more engine; the hooks are installed with the first."""
         with self._lock:
-            self._listeners.add(listener)
+            self._listeners = (*self._others(listener), weakref.ref(listener))
             if not self._handles:
                 self._handles = [
                     register_optimizer_step_pre_hook(self._before),
@@ -86,8 +87,15 @@ class StepWatch:
             Whether nothing is left to be tidied up.
         """
         with self._lock:
-            self._listeners.discard(listener)
+            self._listeners = self._others(listener)
         return self.tidy()
+
+    def _others(self, listener: StepListener) -> tuple[weakref.ref[StepListener], ...]:
+        """The listeners that exist, without one."""
+        return tuple(ref for ref in self._listeners if ref() not in (None, listener))
+
+    def _live(self) -> tuple[StepListener, ...]:
+        return tuple(listener for ref in self._listeners if (listener := ref()) is not None)
 
     def tidy(self) -> bool:
         """Remove the hooks if nobody needs them and no optimizer is stepping.
@@ -98,7 +106,7 @@ class StepWatch:
             Whether no hook is left that nobody needs.
         """
         with self._lock:
-            if not self._handles or self._listeners:
+            if not self._handles or self._live():
                 return True
             if self._frames():
                 return False
@@ -106,11 +114,6 @@ class StepWatch:
                 handle.remove()
             self._handles = []
             return True
-
-    @property
-    def installed(self) -> bool:
-        """Whether the global hooks are in place."""
-        return bool(self._handles)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,7 +126,7 @@ class StepWatch:
             stack.clear()
         listeners = tuple(
             listener
-            for listener in tuple(self._listeners)
+            for listener in self._live()
             if listener.wants(optimizer) and not any(listener in told for _, told in stack)
         )
         stack.append((id(optimizer), listeners))
@@ -217,8 +220,3 @@ class OptimizerInfo:
         return optimizer is not None and any(
             id(p) not in index.by_id for group in optimizer.param_groups for p in group["params"]
         )
-
-
-def describe(optimizers: Iterable[OptimizerInfo]) -> str:
-    """Class names of some optimizers, for messages."""
-    return ", ".join(type(info.optimizer).__name__ for info in optimizers if info.optimizer is not None)

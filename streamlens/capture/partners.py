@@ -58,7 +58,7 @@ class Partners:
         self._held: dict[Any, list[_Part]] = {}
         self.interned = Interned()
 
-    def update_begins(self, info: OptimizerInfo, *, closure: bool = False) -> None:
+    def update_begins(self, info: OptimizerInfo, closure: bool = False) -> None:
         """Close the open step if an update that begins now belongs to one of its own.
 
         Args:

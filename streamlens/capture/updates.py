@@ -78,8 +78,9 @@ class UpdateCapture:
 
     def wants(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer owns one of the model's parameters."""
-        if self._engine.closed:
-            return False
+        return not self._engine.closed and bool(self._engine.guard(self._owns, optimizer))
+
+    def _owns(self, optimizer: Optimizer) -> bool:
         info = self._infos.get(optimizer)
         if info is None:
             self._serials += 1
@@ -155,7 +156,7 @@ class UpdateCapture:
         info = self._infos[optimizer]
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
-            self.partners.update_begins(info, closure=closure is not None)
+            engine.guard(self.partners.update_begins, info, closure is not None)
             return None
         if self._call is not None and self._call.lease is not None:
             # The step before raised; what it lent ends here.
@@ -164,7 +165,7 @@ class UpdateCapture:
         wrapped: list[Callable[[], Any]] = []
 
         def prepare() -> None:
-            self.partners.update_begins(info, closure=closure is not None)
+            self.partners.update_begins(info, closure is not None)
             found = getattr(optimizer, "found_inf", None)
             if isinstance(found, Tensor):
                 if found.device.type == "cpu":

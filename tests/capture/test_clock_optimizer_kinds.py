@@ -22,7 +22,14 @@ from tests.helpers.by_hand import (
     squared_error,
     train_by_hand,
 )
-from tests.helpers.recording import assert_steps_equal, layer_sets, observed, points, record
+from tests.helpers.recording import (
+    assert_steps_equal,
+    layer_sets,
+    observed,
+    points,
+    record,
+    record_errors,
+)
 
 BATCHES = regression(1, 6, (4, 5))
 LAYERS = ("0", "2", "4")
