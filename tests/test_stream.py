@@ -1,4 +1,4 @@
-"""`Stream.pipe` and `Lens.derive` refuse what they cannot work with, and say what to write."""
+"""`Stream.pipe`, `topic` and `Lens.derive` refuse what they cannot work with, and say what to write."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def test_what_is_no_operator_is_refused_by_name(lens: sl.Lens, thing: Any) -> No
 def test_a_derived_topic_needs_a_name(lens: sl.Lens, name: Any) -> None:
     with pytest.raises(TypeError, match=r"derive\(\) needs a topic's name"):
         lens.derive(name, lens.pipe(sl.norm("weights")))
+
+
+def test_a_topic_that_is_emitted_only_later_is_refused_with_the_way_to_announce_it(lens: sl.Lens) -> None:
+    with pytest.raises(sl.UnknownTopicError, match=r"'validation_loss'.*observe\(emits=\[\.\.\.\]\)"):
+        lens.pipe(sl.topic("validation_loss"))
