@@ -215,6 +215,20 @@ def test_optimizers_are_found_whether_made_before_or_after_observing(before: boo
     assert_steps_equal(updates, [norms(s.updates()) for s in truth], rtol=1e-5)
 
 
+def test_an_optimizer_that_cannot_be_told_from_others_steps_and_is_reported() -> None:
+    class Equal(SGD):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+    model = perceptron()
+    with observed(model, on_error="report") as lens:
+        reports = record_errors(lens)
+        before = snapshot(model)
+        train_by_hand(model, Equal(model.parameters(), lr=0.1), BATCHES[:1], squared_error)
+        assert [str(r.error) for r in reports] == ["unhashable type: 'Equal'"]
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
 def test_an_optimizer_of_another_model_moves_no_clock() -> None:
     model, other = perceptron(), perceptron()
     with observed(model) as lens:
