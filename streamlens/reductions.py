@@ -24,7 +24,6 @@ __all__ = [
     "accumulate",
     "chunks_of",
     "columns",
-    "finish_all",
     "flat_real",
     "needed_statistics",
     "pieces_of",
@@ -129,13 +128,6 @@ class FunctionReduction(Reduction):
 def needed_statistics(reductions: Iterable[Reduction]) -> tuple[Statistic, ...]:
     """The union of what several reductions need, in a stable order."""
     return tuple(dict.fromkeys(s for reduction in reductions for s in reduction.needs()))
-
-
-def finish_all(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> dict[Reduction, Tensor]:
-    """Several reductions of the same tensors, in one pass over them where that is possible."""
-    shared = [r for r in reductions if r.needs()]
-    table, count = summarise(tensors, needed_statistics(shared))
-    return {r: r.finish(table, count) if r.needs() else r.reduce(tensors) for r in reductions}
 
 
 def flat_real(tensor: Tensor) -> Tensor:

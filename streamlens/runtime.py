@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 import weakref
@@ -76,7 +75,6 @@ class Runtime:
         self._logged: dict[tuple[str, str], float] = {}
         self._pending_state: dict[str, list[dict[str, Any]]] = {}
         self._delivery: Delivery | None = None
-        self._lock = threading.RLock()
 
     # -- the clock, as far as every source has one ------------------------------------------
 

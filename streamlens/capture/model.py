@@ -78,17 +78,16 @@ class ParameterEntry:
 class ModelIndex:
     """Modules and parameters by clean name, in model order; built anew when the model changes.
 
-    Tied parameters are listed once, under their first name; `aliases` has the others. Modules are
-    held weakly: who keeps a lens does not keep the model.
+    Tied parameters are listed once, under their first name. Modules are held weakly: who keeps a lens
+    does not keep the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         wrappers = _wrapper_paths(model)
         self.modules: MutableMapping[str, nn.Module] = weakref.WeakValueDictionary()
         self.entries: list[ParameterEntry] = []
-        self.aliases: dict[str, str] = {}
         self.uninitialized = False
-        seen: dict[int, str] = {}
+        seen: set[int] = set()
         for path, module in model.named_modules():
             layer = clean_name(path, wrappers)
             # A wrapper and what it wraps have one name: hooks go to the inner one.
@@ -99,11 +98,10 @@ class ModelIndex:
                 if isinstance(parameter, UninitializedParameter):
                     self.uninitialized = True
                     continue
-                name = f"{layer}.{role}" if layer else role
                 if id(parameter) in seen:
-                    self.aliases[name] = seen[id(parameter)]
                     continue
-                seen[id(parameter)] = name
+                seen.add(id(parameter))
+                name = f"{layer}.{role}" if layer else role
                 self.entries.append(
                     ParameterEntry(name, layer, role, parameter, weakref.ref(module), len(self.entries))
                 )

@@ -82,10 +82,3 @@ class Demand:
         specs = [spec for topic in self.view.topics if (spec := topic_spec(topic)) is not None]
         self.wants_updates = any(spec.facet is Facet.UPDATE for spec in specs)
         self.at_update = any(spec.phase in (Phase.PARAMETER, Phase.CLOCK) for spec in specs)
-
-    def wants(self, topic: str, frame_layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The layers of a frame that this demand asked for."""
-        wanted = self.layers.get(topic)
-        if wanted is None:
-            return frame_layers
-        return tuple(name for name in frame_layers if name.split("@", 1)[0] in wanted)
