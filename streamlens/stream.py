@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from inspect import getclosurevars
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from reactivex import ConnectableObservable, Observable, abc
@@ -81,7 +82,7 @@ class Stream(Observable[Frame]):
                 and isinstance(result, Observable)
                 and not isinstance(result, Stream | ConnectableObservable)
             ):
-                result = before._wrap(result, getattr(operator, "__name__", "operator"))
+                result = before._wrap(result, _name_of(operator))
         return result
 
     def _wrap(self, foreign: Observable[Any], name: str) -> Stream:
@@ -292,6 +293,16 @@ class _Terminal:
                 cast("Any", self._proxy).dispose()
         if self.chain.disposable is not None:
             self.chain.disposable.dispose()
+
+
+def _name_of(operator: Callable[..., Any]) -> str:
+    """What an operator of another library is called."""
+    name = getattr(operator, "__name__", type(operator).__name__)
+    if name == "_wrap_curried":
+        # reactivex returns a closure over the operator's own function, such as `map_`.
+        curried = getclosurevars(operator).nonlocals.get("fun")
+        name = getattr(curried, "__name__", name).strip("_")
+    return str(name)
 
 
 def _subscribing(source: Observable[Any]) -> abc.Subscription[Frame]:

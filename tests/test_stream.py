@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from reactivex import operators as ops
 from torch import nn
 
 import streamlens as sl
@@ -39,3 +41,21 @@ def test_a_derived_topic_needs_a_name(lens: sl.Lens, name: Any) -> None:
 def test_a_topic_that_is_emitted_only_later_is_refused_with_the_way_to_announce_it(lens: sl.Lens) -> None:
     with pytest.raises(sl.UnknownTopicError, match=r"'validation_loss'.*observe\(emits=\[\.\.\.\]\)"):
         lens.pipe(sl.topic("validation_loss"))
+
+
+def test_operators_of_reactivex_stand_in_the_plan_under_their_own_names(lens: sl.Lens) -> None:
+    norms = lens.pipe(sl.norm("weights"))
+    stream = norms.pipe(
+        ops.map(lambda f: f), ops.filter(lambda f: True), ops.take(3), lambda s: ops.skip(1)(s)
+    )
+    assert stream.plan[-4:] == ("<map>", "<filter>", "<take>", "<<lambda>>")
+
+
+def test_chains_that_differ_in_foreign_operators_are_not_taken_for_equal(lens: sl.Lens) -> None:
+    norms = lens.pipe(sl.norm("weights"))
+    norms.pipe(ops.take(3)).subscribe(lambda frame: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norms.pipe(ops.skip(3)).subscribe(lambda frame: None)
+    with pytest.warns(UserWarning, match=r"<skip>.*name="):
+        norms.pipe(ops.skip(5)).subscribe(lambda frame: None)
