@@ -65,6 +65,11 @@ class Cell(Protocol):
         ...
 
     @property
+    def running(self) -> bool:
+        """Whether its subscription has not been disposed."""
+        ...
+
+    @property
     def skipped(self) -> int:
         """Values that were skipped because they were NaN or infinite."""
         ...
@@ -96,6 +101,7 @@ class Chain:
         sources: Complete its inputs, so that operators give what they hold back.
         complete: Completes its end.
         session: The call of `observe` that it came through.
+        inner: Whether an operator of reactivex subscribed it while running, as `flat_map` does.
     """
 
     plan: str
@@ -111,6 +117,7 @@ class Chain:
     sources: list[Callable[[], None]] = field(default_factory=list)
     complete: Callable[[], None] | None = None
     session: object | None = None
+    inner: bool = False
 
     def finish(self) -> None:
         """Complete it: from its inputs on, and then what has not ended by that."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from reactivex import Observable, abc
-from reactivex.disposable import CompositeDisposable
+from reactivex.disposable import CompositeDisposable, Disposable
 from torch import Tensor
 
 from streamlens.chain import Mark, MarkKind, current_chain
@@ -34,6 +34,7 @@ class Node:
 
     plan: str = ""
     skipped: int = 0
+    running: bool = False
 
     def on_frame(self, frame: Frame) -> Emitted:
         """What one frame gives."""
@@ -103,6 +104,7 @@ def stateful(
     ) -> abc.DisposableBase:
         node = make()
         node.plan = plan
+        node.running = True
         chain = current_chain.get()
         if chain is not None:
             chain.cells.append(node)
@@ -130,6 +132,7 @@ def stateful(
         if marks and stream.lens is not None:
             # After subscribing upstream: marks reach upstream operators first.
             group.add(runtime.on_mark(lambda mark: run(node.on_mark, mark)))
+        group.add(Disposable(lambda: setattr(node, "running", False)))
         return group
 
     return stream.then(subscribe, plan, kind=kind, raw=raw)

@@ -21,7 +21,7 @@ from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from reactivex.subject import Subject
 
-from streamlens.chain import Chain, ErrorReport, Mark, current_chain
+from streamlens.chain import Cell, Chain, ErrorReport, Mark, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Frame, Lease
 
@@ -74,6 +74,7 @@ class Runtime:
         self._derived_burst: list[tuple[_Derived, Frame]] = []
         self._logged: dict[tuple[str, str], float] = {}
         self._pending_state: dict[str, list[dict[str, Any]]] = {}
+        self._left_behind: weakref.WeakSet[Cell] = weakref.WeakSet()
         self._delivery: Delivery | None = None
 
     # -- the clock, as far as every source has one ------------------------------------------
@@ -237,11 +238,29 @@ class Runtime:
             self.chains.remove(chain)
         for cell in chain.cells:
             self.counts["skipped_nan"] += cell.skipped
+            if cell.running:
+                self._left_behind.add(cell)
 
     def chain_states(self) -> dict[str, list[dict[str, Any]]]:
         """The state of every chain that has some, by key."""
-        states = {chain.key: chain.state_dict() for chain in self.chains if chain.cells}
+        self._report_unreachable()
+        states = {chain.key: chain.state_dict() for chain in self.chains if chain.cells and not chain.inner}
         return {**self._pending_state, **states}
+
+    def _report_unreachable(self) -> None:
+        """Say so where a snapshot cannot hold the state of an operator that runs."""
+        cells = [cell for cell in self._left_behind if cell.running]
+        cells += [cell for chain in self.chains if chain.inner for cell in chain.cells]
+        lost = sorted({cell.plan for cell in cells if cell.state_dict()})
+        if lost:
+            self.report(
+                StreamlensError(
+                    f"the state of {', '.join(lost)} is not in the snapshot: an operator of another library "
+                    "(such as share, whose first subscriber has gone, or flat_map) subscribed it on its own; "
+                    "put operators with state after that one, or share with lens.derive(name, chain)"
+                ),
+                "state_dict",
+            )
 
     def load_chain_states(self, states: Mapping[str, list[dict[str, Any]]]) -> None:
         """Give chains their state back, now or when they subscribe."""

@@ -155,6 +155,7 @@ class Stream(Observable[Frame]):
         self._check_name(name)
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
         chain.session = self.lens.session if self.lens is not None else None
+        chain.inner = str(getattr(on_next, "__module__", "")).startswith("reactivex.")
         self._warn_of_ambiguity(chain, name)
         terminal = _Terminal(self.runtime, chain, on_next, on_error, on_completed)
         token = current_chain.set(chain)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from reactivex import Observable, abc
-from reactivex.disposable import CompositeDisposable
+from reactivex.disposable import CompositeDisposable, Disposable
 from reactivex.subject import Subject
 
 from streamlens.chain import MarkKind, current_chain
@@ -147,6 +147,7 @@ def _subscribe(
 ) -> abc.DisposableBase:
     join = wiring.join(runtime, lateness)
     join.plan = plan
+    join.running = True
     chain = current_chain.get()
     if chain is not None:
         chain.cells.append(join)
@@ -189,6 +190,7 @@ def _subscribe(
     for marked in {id(s.runtime): s.runtime for s in wiring.inputs if s.lens is not None}.values():
         group.add(marked.on_mark(partial(join.on_mark_of, marked)))
     start()
+    group.add(Disposable(lambda: setattr(join, "running", False)))
     return group
 
 
