@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -190,6 +191,16 @@ def _close_rerun_cell(cell: CellKey | None) -> None:
         if session.cell is not None and session.cell.is_rerun(cell):
             log.info("this notebook cell ran before: its earlier lens is closed")
             session.close(timeout=5.0)
+
+
+def _silence_child() -> None:
+    """A forked process (a data loader's worker) has our engines, but no business with them."""
+    for engine in list(_engines):
+        engine.inert = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_silence_child)
 
 
 @atexit.register

@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "CHUNK",
+    "OF_MAGNITUDES",
     "FunctionReduction",
     "Reduction",
     "Statistic",
@@ -26,8 +27,8 @@ __all__ = [
     "columns",
     "flat_real",
     "needed_statistics",
-    "pieces_of",
     "real_size",
+    "statistics_of",
     "summarise",
 ]
 
@@ -155,11 +156,21 @@ _OF_VALUES: Final = frozenset({"sum", "sum_of_squares", "sum_of_powers", "absmax
 """Statistics to which the zeros of a sparse tensor add nothing."""
 
 
-def pieces_of(tensor: Tensor, statistics: Sequence[Statistic]) -> tuple[Tensor, ...]:
-    """Cache-sized flat pieces of a CPU tensor that are enough for these statistics."""
+OF_MAGNITUDES: Final = frozenset({"sum_of_powers", "absmax"})
+"""Statistics of a complex tensor that are of its elements' magnitudes and not of their parts."""
+
+
+def statistics_of(tensor: Tensor, statistics: Sequence[Statistic]) -> list[float]:
+    """The statistics of one CPU tensor."""
     if tensor.layout is not torch.strided and not all(s.name in _OF_VALUES for s in statistics):
         tensor = tensor.to_dense()
-    return chunks_of(flat_real(tensor))
+    if tensor.is_complex() and any(s.name in OF_MAGNITUDES for s in statistics):
+        magnitudes = tensor.abs()
+        return [
+            accumulate(chunks_of(flat_real(magnitudes if s.name in OF_MAGNITUDES else tensor)), (s,))[0]
+            for s in statistics
+        ]
+    return accumulate(chunks_of(flat_real(tensor)), statistics)
 
 
 def real_size(tensor: Tensor) -> int:
@@ -184,9 +195,8 @@ def summarise(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> tup
         empty = torch.empty(0)
         return dict.fromkeys(statistics, empty), empty
     if all(t.device.type == "cpu" for t in tensors):
-        pieces = [pieces_of(t, statistics) for t in tensors]
         counts = torch.tensor([real_size(t) for t in tensors], dtype=torch.float64)
-        return columns([accumulate(ps, statistics) for ps in pieces], statistics), counts
+        return columns([statistics_of(t, statistics) for t in tensors], statistics), counts
     return _summarise_on_device(tensors, statistics)
 
 
@@ -303,7 +313,10 @@ def _summarise_on_device(
     wide = torch.float64 if home.type in ("cuda", "cpu", "meta", "xpu") else torch.float32
     table: dict[Statistic, Tensor] = {}
     for statistic in statistics:
-        values = torch.stack([v.to(home, wide, non_blocking=True) for v in _on_device(flats, statistic)])
+        of = flats
+        if statistic.name in OF_MAGNITUDES:
+            of = [flat_real(t.abs()) if t.is_complex() else f for t, f in zip(tensors, flats, strict=True)]
+        values = torch.stack([v.to(home, wide, non_blocking=True) for v in _on_device(of, statistic)])
         table[statistic] = values.square() if statistic.name == "sum_of_squares" else values
     sizes = torch.tensor([float(f.numel()) for f in flats], pin_memory=home.type == "cuda")
     return table, sizes.to(home, non_blocking=True)

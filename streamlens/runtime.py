@@ -115,6 +115,11 @@ class Runtime:
             while self._queue:
                 self._queue.popleft()()
                 self._deliver_derived()
+        except BaseException:
+            # Interrupted: what waits would come with values of a later moment.
+            self.counts["interrupted"] += len(self._queue)
+            self._queue.clear()
+            raise
         finally:
             self._draining = False
             leases, self._leases = self._leases, []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -646,3 +648,19 @@ def test_an_error_of_a_plain_observable_is_logged_and_closes_the_sink(
     subject.on_error(ValueError("broken source"))
     assert until(lambda: sink.calls[-1:] == ["close"])
     assert "broken source" in caplog.text
+
+
+def test_a_sink_that_nobody_is_subscribed_to_any_more_is_let_go_and_its_counts_are_kept() -> None:
+    delivery = Delivery(lambda: RunInfo("run"), lambda error, where: None)
+    sink = Recorder()
+    proxy = delivery.connect(sink, "chain")
+    proxy.on_next(frame())
+    proxy.dispose()
+    until(lambda: not workers())
+    delivery.connect(Recorder(), "another chain").dispose()
+    assert delivery.stats()["Recorder #2"].written == 1
+    gone = weakref.ref(sink)
+    del sink, proxy
+    gc.collect()
+    assert gone() is None
+    assert delivery.stats()["Recorder #2"].written == 1

@@ -48,7 +48,7 @@ class Kept:
         """Cache-sized pieces of (parameter, buffer), both in memory order; None if they differ in layout."""
         if self._pieces is None or parameter.data_ptr() != self.address:
             value = parameter.detach()
-            if value.stride() != self.buffer.stride():
+            if value.stride() != self.buffer.stride() or value.is_complex():
                 return None
             flat, kept = flat_real(value), flat_real(self.buffer)
             if flat.data_ptr() != value.data_ptr() or kept.data_ptr() != self.buffer.data_ptr():

@@ -35,7 +35,7 @@ class ModuleHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """The module has returned."""
-        if self.engine.passes.in_forward:
+        if self.engine.passes.in_forward and not self.engine.passes.elsewhere():
             self.engine.guard(self.engine.forward.output_of, self.name, output)
 
 
@@ -51,6 +51,8 @@ class PartBegins(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The part is called."""
         passes = self.engine.passes
+        if passes.elsewhere():
+            return
         if passes.in_forward:
             if self.engine.forward.opener != self.name or not passes.abandoned(module):
                 return
@@ -70,10 +72,13 @@ class PartEnds(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """The part has returned, or raised."""
-        if self.engine.passes.outside == self.name:
-            self.engine.passes.outside = None
-        elif self.engine.forward.opener == self.name and self.engine.passes.in_forward:
-            self.engine.guard(self.engine.passes.forward_ends, output)
+        passes = self.engine.passes
+        if passes.elsewhere():
+            return
+        if passes.outside == self.name:
+            passes.outside = None
+        elif self.engine.forward.opener == self.name and passes.in_forward:
+            self.engine.guard(passes.forward_ends, output)
 
 
 class GradientHook:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
+import threading
 from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class PassWatch:
     Attributes:
         in_forward: Whether a counted forward is running.
         outside: The module whose uncounted forward is running, if any.
+        nested: Calls of the model by itself that are running.
         watches_passes: Whether anything of forward or backward is wanted.
         parts_needed: Whether updates come without the model itself being called.
     """
@@ -47,13 +48,14 @@ class PassWatch:
         self._engine = engine
         self.in_forward = False
         self.outside: str | None = None
+        self.nested = 0
         self.watches_passes = False
         self.parts_needed = False
         self._watches_input = False
         self._last_counted = False
         self._late_output: Tensor | None = None
         self._grad_forward_seen = False
-        self._pid = os.getpid()
+        self._thread = 0
 
     def reset(self) -> None:
         """The demands have changed."""
@@ -67,6 +69,10 @@ class PassWatch:
         self._late_output = None
 
     # -- the forward -------------------------------------------------------------------------
+
+    def elsewhere(self) -> bool:
+        """Whether the forward that is running runs on another thread than this."""
+        return self.in_forward and threading.get_ident() != self._thread
 
     def abandoned(self, module: nn.Module) -> bool:
         """Whether the forward that seems to be running was interrupted, now that `module` is called.
@@ -89,7 +95,7 @@ class PassWatch:
 
     def counts_forward(self, module: nn.Module) -> bool:
         """Whether a forward that begins now is training."""
-        if self._engine.silent or os.getpid() != self._pid or torch._C._current_graph_task_id() != -1:
+        if self._engine.silent or torch._C._current_graph_task_id() != -1:
             return False
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return False
@@ -108,6 +114,8 @@ class PassWatch:
                 self._last_counted = False
             return
         self.outside = None
+        self.nested = 0
+        self._thread = threading.get_ident()
         clock = self._engine.clock
         if clock.updated:
             self._engine.close_step()

@@ -54,8 +54,12 @@ class _RootBegins(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passes = self.engine.passes
+        if passes.elsewhere():
+            return
         if not passes.in_forward or (module is self.engine.model and passes.abandoned(module)):
             self.engine.guard(passes.forward_begins, module, "", args, kwargs)
+        elif self.engine.forward.opener == "":
+            passes.nested += 1
 
 
 class _RootEnds(Hook):
@@ -67,7 +71,13 @@ class _RootEnds(Hook):
         self.engine = engine
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.engine.passes.outside == "":
-            self.engine.passes.outside = None
-        elif self.engine.passes.in_forward and self.engine.forward.opener == "":
-            self.engine.guard(self.engine.passes.forward_ends, output, kwargs)
+        passes = self.engine.passes
+        if passes.elsewhere():
+            return
+        if passes.outside == "":
+            passes.outside = None
+        elif passes.in_forward and self.engine.forward.opener == "":
+            if passes.nested:
+                passes.nested -= 1
+            else:
+                self.engine.guard(passes.forward_ends, output, kwargs)

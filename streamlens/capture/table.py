@@ -13,11 +13,10 @@ from streamlens.capture.interned import MOST_SETS
 from streamlens.reductions import (
     Reduction,
     Statistic,
-    accumulate,
     columns,
     needed_statistics,
-    pieces_of,
     real_size,
+    statistics_of,
     summarise,
 )
 
@@ -149,7 +148,7 @@ class Table:
             if needs.statistics:
                 row: Sequence[float] | Sequence[Tensor]
                 if tensor.device.type == "cpu":
-                    row = accumulate(pieces_of(tensor, needs.statistics), needs.statistics)
+                    row = statistics_of(tensor, needs.statistics)
                 else:
                     table, _ = summarise([tensor], needs.statistics)
                     row = [table[s][0] for s in needs.statistics]

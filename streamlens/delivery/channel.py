@@ -96,6 +96,11 @@ class Channel:
                     self.end()
 
     @property
+    def at_rest(self) -> bool:
+        """Whether no chain ends here, nothing waits and no worker runs."""
+        return not self.in_use and self._thread is None and not self._queue
+
+    @property
     def in_use(self) -> bool:
         """Whether some chain ends here."""
         return bool(self._writers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -107,6 +108,7 @@ class Delivery:
         self._run = run
         self._report = report
         self._channels: list[Channel] = []
+        self._retired: list[tuple[weakref.ref[Channel], str, SinkStats]] = []
         self._proxies: list[Proxy] = []
         self._burst: Burst | None = None
         self._owned: tuple[Frame, Frame] | None = None
@@ -123,12 +125,21 @@ class Delivery:
             An observer that detaches when the chain completes, fails, or disposes it.
         """
         channel = _channel_of(sink)
+        self._retire()
+        self._retired = [entry for entry in self._retired if entry[0]() is not channel]
         if channel not in self._channels:
             self._channels.append(channel)
         proxy = Proxy(self, channel, channel.attach(chain, self._run, self._report_from_worker))
         self._proxies = [p for p in self._proxies if not p.detached]
         self._proxies.append(proxy)
         return proxy
+
+    def _retire(self) -> None:
+        """Keep no sink that nobody is subscribed to any more, only what became of its frames."""
+        for channel in tuple(self._channels):
+            if channel.at_rest:
+                self._channels.remove(channel)
+                self._retired.append((weakref.ref(channel), channel.name, channel.stats()))
 
     def end_burst(self) -> None:
         """Start the transfer of what was handed over since the last burst; waits for nothing."""
@@ -183,12 +194,17 @@ class Delivery:
     def stats(self) -> dict[str, SinkStats]:
         """The counters of every sink that this delivery was connected to, by its class's name."""
         stats: dict[str, SinkStats] = {}
-        for channel in self._live_channels():
-            name, ordinal = channel.name, 1
+        counted = [(channel.name, channel.stats()) for channel in self._live_channels()]
+        counted += [
+            (name, last if (channel := ref()) is None else channel.stats())
+            for ref, name, last in self._retired
+        ]
+        for base, counts in counted:
+            name, ordinal = base, 1
             while name in stats:
                 ordinal += 1
-                name = f"{channel.name} #{ordinal}"
-            stats[name] = channel.stats()
+                name = f"{base} #{ordinal}"
+            stats[name] = counts
         return stats
 
     def report(self, error: Exception, where: str) -> None:

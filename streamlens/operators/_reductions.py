@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.operators._base import relabelled, widened
-from streamlens.reductions import Reduction, Statistic, Statistics
+from streamlens.reductions import OF_MAGNITUDES, Reduction, Statistic, Statistics
 
 __all__ = [
     "Maximum",
@@ -226,7 +226,10 @@ def _reduce_rows(values: Tensor, reduction: Reduction) -> Tensor:
     needs = reduction.needs()
     if not needs:
         return reduction.reduce(values.unbind(0))
-    rows = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    rows = values
+    if values.is_complex():
+        of_magnitudes = all(s.name in OF_MAGNITUDES for s in needs)
+        rows = values.abs() if of_magnitudes else torch.view_as_real(values.resolve_conj())
     rows = widened(rows).reshape(len(values), -1)
     if rows.device.type == "cpu":
         # As for raw tensors: a float32 square may overflow where its root does not.

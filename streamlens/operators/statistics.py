@@ -4,9 +4,10 @@ On a Lens they are computed where the tensor is taken, once a step however many 
 of one tensor together. On any other stream they reduce the frames that come.
 
 Common to all: the input is any topic, of any shape; half precision is accumulated in float32 or
-wider; the result is float32, or float64 where the values are; elements of a complex tensor are its
-real and imaginary parts. NaN and inf pass through. The cost is one pass over the tensor (two for
-variances) and no wait for a GPU.
+wider; the result is float32, or float64 where the values are. Norms of a complex tensor are of the
+magnitudes of its elements; to the other statistics its elements are their real and imaginary parts.
+NaN and inf pass through. The cost is one pass over the tensor (two for variances) and no wait for a
+GPU.
 """
 
 from __future__ import annotations
