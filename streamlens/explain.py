@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from streamlens.errors import did_you_mean
 from streamlens.topics import Phase, topic_spec
@@ -63,7 +63,7 @@ def _chain(engine: Engine, chain: Chain) -> Iterable[str]:
     cost = (
         f"{chain.seconds / steps * 1e6:.0f} us a step" if steps and chain.counts["frames"] else "not run yet"
     )
-    yield f"ends in {chain.ends_in}: {chain.counts['frames']:,} frames, {cost}"
+    yield f"ends in {chain.ends_in}: {_counted(chain.counts['frames'], 'frame')}, {cost}"
     lost = [f"{chain.counts[name]} {name}" for name in ("late", "incomplete", "errors") if chain.counts[name]]
     skipped = sum(cell.skipped for cell in chain.cells)
     if skipped:
@@ -88,29 +88,53 @@ def _asked(demand: Demand) -> str:
     return text
 
 
+_TAKEN_BY: Final = {
+    Phase.PARAMETER: "optimizer hook",
+    Phase.MODULE: "module hooks",
+    Phase.BATCH: "model hook",
+    Phase.LOSS: "loss hook",
+    Phase.CLOCK: "clock",
+}
+
+
+def _what(demand: Demand, topic: str) -> str:
+    """What is taken of a topic: a reduction, the tensors themselves, or the numbers it consists of."""
+    if demand.view.reduction is not None:
+        return demand.view.reduction.describe()
+    spec = topic_spec(topic)
+    return "raw" if spec is not None and spec.raw else "as it comes"
+
+
 def _captured(engine: Engine) -> Iterable[str]:
-    """Each (topic, reduction), how often it is asked for, and when it is taken."""
-    asked: Counter[tuple[str, str]] = Counter()
-    cadence: dict[tuple[str, str], set[int]] = defaultdict(set)
+    """Each (topic, reduction): of which layers, taken where and when, and for how many."""
+    asked: dict[tuple[str, str], list[Demand]] = defaultdict(list)
     for demand in engine.demands:
         for topic in demand.view.topics:
-            what = demand.view.reduction.describe() if demand.view.reduction is not None else "raw"
-            asked[topic, what] += 1
-            cadence[topic, what].add(demand.view.every)
-    for (topic, what), times in asked.items():
+            asked[topic, _what(demand, topic)].append(demand)
+    for (topic, what), demands in asked.items():
         spec = topic_spec(topic)
-        where = {
-            Phase.PARAMETER: "optimizer hook",
-            Phase.MODULE: "module hooks",
-            Phase.BATCH: "model hook",
-            Phase.LOSS: "loss hook",
-            Phase.CLOCK: "clock",
-        }.get(spec.phase if spec is not None else Phase.USER, "emitted by you or derived")
-        every = ", ".join(f"every {n}" if n > 1 else "every step" for n in sorted(cadence[topic, what]))
-        shared = f", shared by {times}" if times > 1 else ""
-        yield f"{topic} {what}: {where}, {every}{shared}"
+        taken_by = _TAKEN_BY[spec.phase] if spec is not None else "emitted by you or derived"
+        cadences = sorted({demand.view.every for demand in demands})
+        every = ", ".join(f"every {n} steps" if n > 1 else "every step" for n in cadences)
+        shared = f", shared by {len(demands)}" if len(demands) > 1 else ""
+        yield f"{topic} {what}{_layers(topic, demands)}: {taken_by}, {every}{shared}"
     if not asked:
         yield "nothing"
+
+
+def _layers(topic: str, demands: Sequence[Demand]) -> str:
+    spec = topic_spec(topic)
+    if spec is None or spec.phase not in (Phase.PARAMETER, Phase.MODULE):
+        return ""
+    chosen = [demand.layers.get(topic) for demand in demands]
+    if any(layers is None for layers in chosen):
+        return ", all layers"
+    names = sorted(set().union(*(layers for layers in chosen if layers is not None)))
+    return f", {_counted(len(names), 'layer')} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _mermaid(engine: Engine) -> str:
@@ -123,7 +147,7 @@ def _mermaid(engine: Engine) -> str:
             if demand.chain is not chain:
                 continue
             for topic in demand.view.topics:
-                what = demand.view.reduction.describe() if demand.view.reduction is not None else "raw"
+                what = _what(demand, topic)
                 if (topic, what) not in nodes:
                     nodes[topic, what] = f"t{len(nodes)}"
                     lines.append(f'  run --> {nodes[topic, what]}(["{_escape(topic)} {_escape(what)}"])')
