@@ -147,6 +147,13 @@ def test_automatic_optimization_gives_the_values_of_a_plain_loop(accumulate: int
         assert not torch.equal(raw[-1]["net.0.weight"], steps[-1].gradients["net.0.weight"])
 
 
+def test_micro_steps_are_counted_from_the_first_step_where_nothing_of_the_forward_is_wanted() -> None:
+    """The module itself is never called, and only hooks on its parts know of forwards."""
+    seen = Recorder(updates=sl.norm("weight_updates"))
+    fit(Regressor(), [StreamlensCallback(seen, on_error="raise")], accumulate_grad_batches=2)
+    assert points(seen["updates"]) == [(0, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("validation", [None, BATCHES[:2]])
 def test_training_is_bit_identical_with_the_callback_and_without(validation: list[Batch] | None) -> None:
     def outcome(callbacks: list[Any]) -> dict[str, Any]:
