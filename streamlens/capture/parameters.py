@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamlens.capture.kept import Kept
 from streamlens.capture.plan import CallPlan, Output, compile_call
-from streamlens.capture.small import SQUARES, Small, changes_of, squares_of
+from streamlens.capture.small import SQUARES, Small, Squares, changes_of, squares_of
 from streamlens.capture.table import Needs, Sizes, Table
 from streamlens.reductions import Reduction, accumulate
 from streamlens.topics import Facet
@@ -113,11 +113,19 @@ class ParameterCapture:
             if gradients and all(
                 g.layout is torch.strided and g.dtype == torch.float32 and g.is_cpu for g in gradients
             ):
-                table.put_rows(SQUARES, small.orders, squares_of([g.numpy() for g in gradients]), small.sizes)
+                self._enter(table, small, squares_of([g.numpy() for g in gradients]), whole=len(rest))
                 for order in small.orders:
                     del rest[order]
         self._measure(table, rest, needs)
         return table, tensors
+
+    @staticmethod
+    def _enter(table: Table, small: Small, squares: Squares, *, whole: int) -> None:
+        """Enter what was computed of small parameters: as it is if there are no others."""
+        if len(small.orders) == whole:
+            table.put_block(small.orders, {SQUARES[0]: torch.from_numpy(squares)}, small.sizes)
+        else:
+            table.put_rows(SQUARES, small.orders, [[s] for s in squares.tolist()], small.sizes)
 
     def rates(self, output: Output, info: OptimizerInfo, optimizer: Optimizer) -> Tensor:
         """The learning rate of the group that holds each layer's weight."""
@@ -178,7 +186,7 @@ class ParameterCapture:
         copies = [self._kept.get(order) for order in changed.orders] if changed is not None else []
         try:
             if read is not None and (weights := read.weights()) is not None:
-                values.put_rows(SQUARES, read.orders, squares_of(weights), read.sizes)
+                self._enter(values, read, squares_of(weights), whole=len(plan.entries[Facet.VALUE]))
                 done[Facet.VALUE] = frozenset(read.orders)
             if (
                 changed is not None
@@ -187,8 +195,8 @@ class ParameterCapture:
             ):
                 kept = cast("list[Kept]", copies)
                 buffers = changed.buffers([k.buffer for k in kept])
-                rows = changes_of(weights, buffers, keep_next=keep_next)
-                updates.put_rows(SQUARES, changed.orders, rows, changed.sizes)
+                squares = changes_of(weights, buffers, keep_next=keep_next)
+                self._enter(updates, changed, squares, whole=len(plan.entries[Facet.UPDATE]))
                 for k, entry in zip(kept, changed.entries, strict=True):
                     k.valid = False
                     if keep_next:

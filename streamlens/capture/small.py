@@ -6,7 +6,6 @@ counts as small its dot product uses one thread; the arrays are views of the par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -21,9 +20,10 @@ from streamlens.reductions import Statistic
 if TYPE_CHECKING:
     from streamlens.capture.model import ParameterEntry
 
-__all__ = ["SQUARES", "Small", "changes_of", "is_small", "squares_of"]
+__all__ = ["SQUARES", "Small", "Squares", "changes_of", "is_small", "squares_of"]
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+Squares: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 SQUARES: Final = (Statistic("sum_of_squares"),)
 """What the 2-norm needs, which has passes of its own."""
@@ -91,35 +91,35 @@ class Small:
         return self._buffers.arrays
 
 
-def _square(array: Array) -> float:
-    # `vdot` takes any shape and any strides.
-    square = float(np.vdot(array, array))
-    if square < _TINY or square == math.inf:
-        # The squares may have left float32's range although the elements have not.
-        wide = array.astype(np.float64)
-        square = float(np.vdot(wide, wide))
-    return square
-
-
-def squares_of(arrays: Iterable[Array]) -> list[list[float]]:
-    """A row for each array: its sum of squares."""
+def squares_of(arrays: Sequence[Array]) -> Squares:
+    """The sum of squares of each array."""
     with np.errstate(all="ignore"):
-        return [[_square(array)] for array in arrays]
+        # `vdot` takes any shape and any strides.
+        return _checked([np.vdot(array, array) for array in arrays], arrays)
 
 
-def changes_of(weights: Iterable[Array], buffers: Iterable[Array], *, keep_next: bool) -> list[list[float]]:
-    """A row for each pair: the sum of squares of how much it has changed.
+def changes_of(weights: Sequence[Array], buffers: Sequence[Array], *, keep_next: bool) -> Squares:
+    """The sum of squares of how much each weight has changed.
 
     Args:
         weights: What the parameters are now.
         buffers: What they were; overwritten.
         keep_next: Whether the buffers are to hold what the parameters are now.
     """
-    rows: list[list[float]] = []
     with np.errstate(all="ignore"):
         for weight, buffer in zip(weights, buffers, strict=True):
             np.subtract(weight, buffer, out=buffer)
-            rows.append([_square(buffer)])
-            if keep_next:
+        squares = _checked([np.dot(buffer, buffer) for buffer in buffers], buffers)
+        if keep_next:
+            for weight, buffer in zip(weights, buffers, strict=True):
                 np.copyto(buffer, weight)
-    return rows
+    return squares
+
+
+def _checked(numbers: list[Any], arrays: Sequence[Array]) -> Squares:
+    """The numbers in double precision; those at the edge of float32's range are computed again in it."""
+    squares = np.array(numbers, dtype=np.float64)
+    for i in np.flatnonzero((squares < _TINY) | (squares == np.inf)).tolist():
+        wide = arrays[i].astype(np.float64)
+        squares[i] = np.vdot(wide, wide)
+    return squares
