@@ -45,7 +45,7 @@ class _ByHand(_Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.before = [p.detach().clone() for p in self.parameters]
         self.log: list[list[float]] = []
 

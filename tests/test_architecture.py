@@ -155,7 +155,17 @@ def module_name(path: Path) -> str:
 
 
 def test_importing_streamlens_needs_no_optional_package() -> None:
-    optional = ("tensorboard", "rich", "typer", "sklearn", "joblib", "vl_convert")
+    optional = (
+        "tensorboard",
+        "rich",
+        "typer",
+        "sklearn",
+        "joblib",
+        "vl_convert",
+        "pytorch_lightning",
+        "transformers",
+        "accelerate",
+    )
     code = f"""
 import sys
 for name in {optional}:

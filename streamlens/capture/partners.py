@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,13 +71,13 @@ class Partners:
             self._engine.close_step()
 
     def gather(
-        self, reduced: Iterable[Reduced], alive: Iterable[OptimizerInfo]
+        self, reduced: Iterable[Reduced], alive: Callable[[], Iterable[OptimizerInfo]]
     ) -> list[tuple[Sequence[Demand], Frame]]:
         """The frames that can be emitted now.
 
         Args:
             reduced: What the optimizer that has just stepped contributes.
-            alive: The optimizers that still exist.
+            alive: Gives the optimizers that still exist.
         """
         waits = self._missing(alive)
         if not self._held and not waits:
@@ -120,7 +120,7 @@ class Partners:
         self._infos.clear()
         self.stepped = []
 
-    def _missing(self, alive: Iterable[OptimizerInfo]) -> bool:
+    def _missing(self, alive: Callable[[], Iterable[OptimizerInfo]]) -> bool:
         """Whether a partner of those that have stepped is still to come."""
         if self._restored and self._recognise(alive):
             return True
@@ -128,11 +128,11 @@ class Partners:
             return False
         stepped = {info.serial for info in self.stepped}
         partners: set[int] = set().union(*(self._known.get(s, set()) for s in stepped))
-        return bool((partners - stepped) & {info.serial for info in alive})
+        return bool((partners - stepped) & {info.serial for info in alive()})
 
-    def _recognise(self, alive: Iterable[OptimizerInfo]) -> bool:
+    def _recognise(self, alive: Callable[[], Iterable[OptimizerInfo]]) -> bool:
         """Find those that were partners before a resume; whether one of them was not seen yet."""
-        by_names = {_names(info): info for info in alive}
+        by_names = {_names(info): info for info in alive()}
         unseen = False
         for info in self.stepped:
             for names in self._restored.get(_names(info), ()):

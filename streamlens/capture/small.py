@@ -6,6 +6,7 @@ counts as small its dot product uses one thread; the arrays are views of the par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -118,8 +119,9 @@ def changes_of(weights: Sequence[Array], buffers: Sequence[Array], *, keep_next:
 
 def _checked(numbers: list[Any], arrays: Sequence[Array]) -> Squares:
     """The numbers in double precision; those at the edge of float32's range are computed again in it."""
-    squares = np.array(numbers, dtype=np.float64)
-    for i in np.flatnonzero((squares < _TINY) | (squares == np.inf)).tolist():
-        wide = arrays[i].astype(np.float64)
-        squares[i] = np.vdot(wide, wide)
-    return squares
+    squares = [float(number) for number in numbers]
+    for i, square in enumerate(squares):
+        if square < _TINY or square == math.inf:
+            wide = arrays[i].astype(np.float64)
+            squares[i] = float(np.vdot(wide, wide))
+    return np.array(squares)

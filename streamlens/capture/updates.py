@@ -142,7 +142,7 @@ class UpdateCapture:
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
         self.pace.pass_begins()
-        if not self.optimizers and self._updates_due(self._engine.clock.step):
+        if self._updates_due(self._engine.clock.step) and not self.optimizers:
             self._manual = self._manual or OptimizerInfo.by_hand(self._engine.index)
             self._parameters.keep(self._plan(self._manual).entries.get(Facet.UPDATE, ()))
 
@@ -325,7 +325,7 @@ class UpdateCapture:
         if call.overflow is not None:
             frames = []
             reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
-        frames += self.partners.gather(reduced, self.optimizers)
+        frames += self.partners.gather(reduced, lambda: self.optimizers)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         self.pace.emit(elapsed)
@@ -382,7 +382,7 @@ class UpdateCapture:
         tensors = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
         sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
         frames, reduced = self._framed(sources, lease)
-        return frames + self.partners.gather(reduced, ())
+        return frames + self.partners.gather(reduced, lambda: ())
 
     def _complete(self) -> bool:
         stepped = {id(info.optimizer) for info in self.partners.stepped}
