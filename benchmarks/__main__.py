@@ -32,8 +32,8 @@ def main() -> None:
             print(f"  {which:12s} +{timings[which].over:6.1%}")
         share = timings["streamlens"].over / timings["by hand"].over
         print(f"  streamlens / by hand: {share:.2f}  (at most 1)")
-    resnet = overhead.resnet_overhead(3 if quick else 7)
-    print(f"ResNet18, batch 32, SGD: step {resnet['bare'].seconds:.2f} s")
+    resnet = overhead.resnet_overhead(2 if quick else 5)
+    print(f"ResNet18, batch 128, SGD: step {resnet['bare'].seconds:.2f} s")
     print(f"  streamlens   +{resnet['streamlens'].over:6.2%}  (at most 0.5%)")
     print(f"idle lens: {overhead.idle(40 if quick else 200) * 1e6:.0f} us a step  (at most 30)")
     cost = overhead.operators_200_layers(20 if quick else 60)

@@ -88,6 +88,9 @@ class Join(OperatorNode):
         self._passed: list[float] = [0] * len(inputs)
         """For each input, the step before which every step is complete."""
         self._high: float = 0
+        self._low: float = 0
+        self._lacking: list[set[Key]] = [set() for _ in inputs]
+        """For each input, what waits without a part of it: all that its passing on can end."""
 
     def on_input(self, i: int, frame: Frame) -> tuple[Frame, ...] | None:
         """Take in a frame; gives one frame an input, of equal layers, where some became complete."""
@@ -108,6 +111,9 @@ class Join(OperatorNode):
                 self.count("incomplete", len(frame))
                 return None
             slot = self._pending[key] = _Slot(len(self._inputs))
+            for lacking in self._lacking:
+                lacking.add(key)
+        self._lacking[i].discard(key)
         seen = slot.seen[i]
         if seen:
             known = frozenset(seen)
@@ -187,9 +193,16 @@ class Join(OperatorNode):
         passed[i] = step
         self._high = high = max(self._high, step)
         low = min(passed)
-        over = [key for key, slot in self._pending.items() if key[0] < high and self._over(key[0], slot, low)]
+        at_risk = self._pending if low > self._low else self._lacking[i]
+        self._low = low
+        over = [k for k in at_risk if k[0] < high and self._over(k[0], self._pending[k], low)]
         for key in over:
-            self.count("incomplete", self._pending.pop(key).missing())
+            self.count("incomplete", self._forget(key).missing())
+
+    def _forget(self, key: Key) -> _Slot:
+        for lacking in self._lacking:
+            lacking.discard(key)
+        return self._pending.pop(key)
 
     def _over(self, step: int, slot: _Slot, low: float) -> bool:
         if step < low:
@@ -199,9 +212,11 @@ class Join(OperatorNode):
     def _bound(self, most: int) -> None:
         while len(self._pending) > most:
             oldest = min(self._pending)
-            self.count("incomplete", self._pending.pop(oldest).missing())
+            self.count("incomplete", self._forget(oldest).missing())
             self._passed = [max(passed, oldest[0] + 1) for passed in self._passed]
             self._high = max(self._high, oldest[0] + 1)
+            # What is left is of later steps: there is nothing to look for below the new mark.
+            self._low = min(self._passed)
 
     def on_mark_of(self, runtime: Runtime, mark: Mark) -> None:
         """A step or an epoch is over on every input that comes from a runtime."""
@@ -247,6 +262,10 @@ class Join(OperatorNode):
             slot.seen = [tuple(seen) for seen in saved["seen"]]
             slot.emitted = tuple(saved["emitted"])
             slot.held = [[frame_from_state(f) for f in frames] for frames in saved["held"]]
+        self._low = min(self._passed)
+        self._lacking = [
+            {key for key, slot in self._pending.items() if not slot.seen[i]} for i in range(len(self._inputs))
+        ]
 
 
 def _gathered(frames: Sequence[Frame], layers: tuple[str, ...]) -> Frame:
