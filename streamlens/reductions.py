@@ -32,11 +32,11 @@ __all__ = [
     "summarise",
 ]
 
-CHUNK: Final = 1 << 17
-"""Elements handled at once on the CPU: 512 kB of float32, so that a pass of several operations over
+CHUNK: Final = 1 << 16
+"""Elements handled at once on the CPU: 256 kB of float32, so that a pass of several operations over
 one piece finds it in the second-level cache."""
 
-_LONGEST: Final = 1 << 20
+_LONGEST: Final = 1 << 18
 """Elements summed in float32 at most, before sums go on in double precision."""
 
 _TINY: Final = 1e-30

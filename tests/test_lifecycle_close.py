@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 import streamlens as sl
+from streamlens.capture.optimizers import step_watch
+from streamlens.capture.orphans import close_orphans
 from streamlens.frame import Frame
 from streamlens.sink import RunInfo, Sink
 from streamlens.topics import TOPICS
@@ -65,6 +68,10 @@ def optimizer_hooks() -> list[object]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_by_others() -> Iterator[None]:
+    # Models that other tests left in reference cycles take their lenses along, at the next safe moment.
+    gc.collect()
+    close_orphans()
+    step_watch().tidy()
     assert optimizer_hooks() == []
     yield
     assert optimizer_hooks() == []

@@ -130,7 +130,7 @@ def test_norms_alone_are_those_of_a_loop_by_hand(name: str, optimizer: str) -> N
         train_by_hand(model, OPTIMIZERS[optimizer](model.parameters()), batches, squared_error)
     for name in TOPICS:
         assert {f.topic for f in frames[name]} == {f"{name}.norm2"}
-        assert_steps_equal(frames[name], [norms(v) for v in truth[name]], rtol=2e-6)
+        assert_steps_equal(frames[name], [norms(v) for v in truth[name]], rtol=2e-5)
 
 
 def test_every_reduction_of_updates_is_right_while_weights_are_reduced_otherwise() -> None:
@@ -168,7 +168,7 @@ def test_raw_and_reduced_subscribers_of_one_topic_agree() -> None:
         train_by_hand(model, SGD(model.parameters(), lr=0.1), regression(1, 3, (6, 5)), squared_error)
     for name in TOPICS:
         assert len(raw[name]) == 3
-        assert_steps_equal(reduced[name], [norms(dict(f.items())) for f in raw[name]], rtol=2e-6)
+        assert_steps_equal(reduced[name], [norms(dict(f.items())) for f in raw[name]], rtol=2e-5)
 
 
 def test_parameter_frames_are_of_kind_step_and_carry_epoch_and_micro_step() -> None:
@@ -305,7 +305,7 @@ def test_tied_weights_come_once_under_their_first_name(name: str) -> None:
         train_by_hand(model, SGD(model.parameters(), lr=0.1), batches, squared_error)
     assert [f.layers for f in raw] == [("encoder", "head")] * 3
     assert_steps_equal(raw, truth[name])
-    assert_steps_equal(reduced, [norms(v) for v in truth[name]], rtol=2e-6)
+    assert_steps_equal(reduced, [norms(v) for v in truth[name]], rtol=2e-5)
 
 
 def test_raw_gradients_are_what_the_optimizer_consumes_where_nothing_changes_them() -> None:
