@@ -187,7 +187,7 @@ class ParameterCapture:
         try:
             if read is not None and (weights := read.weights()) is not None:
                 self._enter(values, read, squares_of(weights), whole=len(plan.entries[Facet.VALUE]))
-                done[Facet.VALUE] = frozenset(read.orders)
+                done[Facet.VALUE] = read.places
             if (
                 changed is not None
                 and all(k is not None and k.valid for k in copies)
@@ -201,7 +201,7 @@ class ParameterCapture:
                     k.valid = False
                     if keep_next:
                         k.accept(entry.parameter)
-                done[Facet.UPDATE] = frozenset(changed.orders)
+                done[Facet.UPDATE] = changed.places
         except Exception as error:
             for copy in copies:
                 if copy is not None:
