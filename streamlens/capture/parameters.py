@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamlens.capture.kept import Kept
 from streamlens.capture.plan import CallPlan, Output, compile_call
-from streamlens.capture.small import SQUARES, Small, Squares, changes_of, squares_of
+from streamlens.capture.small import SQUARES, Small, Squares, changes_of, squares_of, squares_of_flat
 from streamlens.capture.table import Needs, Sizes, Table
 from streamlens.reductions import Reduction, accumulate
 from streamlens.topics import Facet
@@ -186,7 +186,7 @@ class ParameterCapture:
         copies = [self._kept.get(order) for order in changed.orders] if changed is not None else []
         try:
             if read is not None and (weights := read.weights()) is not None:
-                self._enter(values, read, squares_of(weights), whole=len(plan.entries[Facet.VALUE]))
+                self._enter(values, read, squares_of_flat(weights), whole=len(plan.entries[Facet.VALUE]))
                 done[Facet.VALUE] = read.places
             if (
                 changed is not None

@@ -6,7 +6,6 @@ counts as small its dot product uses one thread; the arrays are views of the par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -21,7 +20,7 @@ from streamlens.reductions import Statistic
 if TYPE_CHECKING:
     from streamlens.capture.model import ParameterEntry
 
-__all__ = ["SQUARES", "Small", "Squares", "changes_of", "is_small", "squares_of"]
+__all__ = ["SQUARES", "Small", "Squares", "changes_of", "is_small", "squares_of", "squares_of_flat"]
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Squares: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -97,36 +96,41 @@ class Small:
 
 
 def squares_of(arrays: Sequence[Array]) -> Squares:
-    """The sum of squares of each array."""
+    """The sum of squares of each array, of any shape and strides."""
     with np.errstate(all="ignore"):
-        # `vdot` takes any shape and any strides; `dot` is faster.
-        square = np.dot if all(array.ndim == 1 for array in arrays) else np.vdot
-        return _checked([square(array, array) for array in arrays], arrays)
+        return _checked(np.fromiter((np.vdot(a, a) for a in arrays), np.float64, len(arrays)), arrays)
+
+
+def squares_of_flat(arrays: Sequence[Array]) -> Squares:
+    """The same for flat arrays, in four fifths of the time."""
+    with np.errstate(all="ignore"):
+        return _checked(np.fromiter((np.dot(a, a) for a in arrays), np.float64, len(arrays)), arrays)
 
 
 def changes_of(weights: Sequence[Array], buffers: Sequence[Array], *, keep_next: bool) -> Squares:
     """The sum of squares of how much each weight has changed.
 
     Args:
-        weights: What the parameters are now.
-        buffers: What they were; overwritten.
+        weights: What the parameters are now, flat.
+        buffers: What they were, flat; overwritten.
         keep_next: Whether the buffers are to hold what the parameters are now.
     """
     with np.errstate(all="ignore"):
         for weight, buffer in zip(weights, buffers, strict=True):
             np.subtract(weight, buffer, out=buffer)
-        squares = _checked([np.dot(buffer, buffer) for buffer in buffers], buffers)
+        squares = squares_of_flat(buffers)
         if keep_next:
             for weight, buffer in zip(weights, buffers, strict=True):
                 np.copyto(buffer, weight)
     return squares
 
 
-def _checked(numbers: list[Any], arrays: Sequence[Array]) -> Squares:
-    """The numbers in double precision; those at the edge of float32's range are computed again in it."""
-    squares = [float(number) for number in numbers]
-    for i, square in enumerate(squares):
-        if square < _TINY or square == math.inf:
-            wide = arrays[i].astype(np.float64)
-            squares[i] = float(np.vdot(wide, wide))
-    return np.array(squares)
+def _checked(squares: Squares, arrays: Sequence[Array]) -> Squares:
+    """The numbers themselves; those at the edge of float32's range are computed again in double."""
+    # Not (a and b), so that a NaN among them is looked at too.
+    if not (squares.min() >= _TINY and squares.max() < np.inf):
+        for i, square in enumerate(squares.tolist()):
+            if square < _TINY or square == np.inf:
+                wide = arrays[i].astype(np.float64)
+                squares[i] = np.vdot(wide, wide)
+    return squares
