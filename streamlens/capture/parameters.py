@@ -152,8 +152,7 @@ class ParameterCapture:
         update_needs = plan.needs.get(Facet.UPDATE, {})
         whole: dict[int, Tensor] = {}
         done = self._small_pass(plan, values, updates, keep_next=keep_next)
-        # Backwards: what the optimizer wrote last is still in the cache.
-        for entry in reversed(plan.entries.get(Facet.UPDATE, ())):
+        for entry in plan.entries.get(Facet.UPDATE, ()):
             if entry.order in done[Facet.UPDATE]:
                 continue
             kept = self._kept.get(entry.order)
@@ -303,7 +302,7 @@ def _squares_pass(
 ) -> tuple[list[float], list[float]]:
     """The hot path: squares of update and weight and the next copy, 4 operations on a cached piece."""
     of_weight = of_update = 0.0
-    for weight, buffer in reversed(pieces):
+    for weight, buffer in pieces:
         torch.sub(weight, buffer, out=buffer)
         part = torch.dot(buffer, buffer).item()
         if part < 1e-30 or part == math.inf:
