@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "CHUNK",
     "OF_MAGNITUDES",
+    "TINY",
     "FunctionReduction",
     "Reduction",
     "Statistic",
@@ -28,6 +29,7 @@ __all__ = [
     "flat_real",
     "needed_statistics",
     "real_size",
+    "square_of",
     "statistics_of",
     "summarise",
 ]
@@ -39,7 +41,7 @@ one piece finds it in the second-level cache."""
 _LONGEST: Final = 1 << 18
 """Elements summed in float32 at most, before sums go on in double precision."""
 
-_TINY: Final = 1e-30
+TINY: Final = 1e-30
 """A float32 sum of squares below this may have lost elements to underflow."""
 
 
@@ -233,14 +235,19 @@ def accumulate(pieces: Sequence[Tensor], statistics: Sequence[Statistic]) -> lis
 def _sum_of_squares(pieces: Sequence[Tensor], _: Statistic | None = None) -> float:
     total = 0.0
     for piece in pieces:
-        wide = _widen(piece)
-        part = torch.dot(wide, wide).item()
-        if (part < _TINY or part == math.inf) and piece.numel():
-            # Squares may have left float32's range although the elements have not.
-            double = piece.double()
-            part = torch.dot(double, double).item()
-        total += part
+        total += square_of(piece)
     return total
+
+
+def square_of(piece: Tensor) -> float:
+    """The sum of squares of one flat piece, in double where float32 cannot hold the squares."""
+    wide = _widen(piece)
+    part: float = torch.dot(wide, wide).item()
+    if (part < TINY or part == math.inf) and piece.numel():
+        # Squares may have left float32's range although the elements have not.
+        double = piece.double()
+        part = torch.dot(double, double).item()
+    return part
 
 
 def _sum(pieces: Sequence[Tensor], _: Statistic | None = None) -> float:
@@ -271,7 +278,7 @@ def _centred(pieces: Sequence[Tensor], _: Statistic) -> float:
     for piece in pieces:
         wide = _widen(piece) - mean
         part = torch.dot(wide, wide).item()
-        if (part < _TINY or part == math.inf) and piece.numel():
+        if (part < TINY or part == math.inf) and piece.numel():
             # As for sums of squares: the deviation may be in range where its square is not.
             double = piece.double() - mean
             part = torch.dot(double, double).item()

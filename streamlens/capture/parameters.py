@@ -17,7 +17,7 @@ from streamlens.capture.kept import Kept
 from streamlens.capture.plan import CallPlan, Output, compile_call
 from streamlens.capture.small import SQUARES, Small, Squares, changes_of, squares_of, squares_of_flat
 from streamlens.capture.table import Needs, Sizes, Table
-from streamlens.reductions import Reduction, accumulate
+from streamlens.reductions import Reduction, accumulate, square_of
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class ParameterCapture:
         try:
             statistics = value[0].statistics
             of_update = update[0].statistics
-            if _plain(statistics) and _plain(of_update) and pieces and pieces[0][0].dtype == torch.float32:
+            if of_update == SQUARES and statistics in ((), SQUARES):
                 row, row_update = _squares_pass(pieces, bool(statistics), keep_next)
             else:
                 for weight, buffer in pieces:
@@ -243,7 +243,9 @@ class ParameterCapture:
             self._on_error(entry.order, error)
 
     def renew(self, entries: Iterable[ParameterEntry], *, keep_next: bool) -> None:
-        """After delivery: copy the weights for the next step, or note that copies are out of date."""
+        """After an update: copy the weights for the next step, or note that copies are out of date."""
+        if not self._kept:
+            return
         for entry in entries:
             kept = self._kept.get(entry.order)
             if kept is None:
@@ -252,14 +254,6 @@ class ParameterCapture:
                 kept.valid = False
             elif not kept.is_current(entry.parameter):
                 kept.copy(entry.parameter)
-
-    def invalidate(self, entries: Iterable[ParameterEntry]) -> None:
-        """Note that an update was not watched, so that copies are out of date."""
-        if self._kept:
-            for entry in entries:
-                kept = self._kept.get(entry.order)
-                if kept is not None:
-                    kept.valid = False
 
     def states(self, plan: CallPlan, optimizer: Optimizer) -> dict[str, tuple[Table, dict[int, Tensor]]]:
         """The optimizer's own state tensors, by state key."""
@@ -293,10 +287,6 @@ class ParameterCapture:
         self._on_error(key, error)
 
 
-def _plain(statistics: Sequence[Any]) -> bool:
-    return not statistics or (len(statistics) == 1 and statistics[0].name == "sum_of_squares")
-
-
 def _squares_pass(
     pieces: tuple[tuple[Tensor, Tensor], ...], weights: bool, keep_next: bool
 ) -> tuple[list[float], list[float]]:
@@ -304,15 +294,9 @@ def _squares_pass(
     of_weight = of_update = 0.0
     for weight, buffer in pieces:
         torch.sub(weight, buffer, out=buffer)
-        part = torch.dot(buffer, buffer).item()
-        if part < 1e-30 or part == math.inf:
-            part = accumulate([buffer], SQUARES)[0]
-        of_update += part
+        of_update += square_of(buffer)
         if weights:
-            part = torch.dot(weight, weight).item()
-            if part < 1e-30 or part == math.inf:
-                part = accumulate([weight], SQUARES)[0]
-            of_weight += part
+            of_weight += square_of(weight)
         if keep_next:
             buffer.copy_(weight)
     return ([of_weight] if weights else []), [of_update]

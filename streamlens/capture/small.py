@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamlens.capture.table import Needs
-from streamlens.reductions import Statistic
+from streamlens.reductions import TINY, Statistic
 
 if TYPE_CHECKING:
     from streamlens.capture.model import ParameterEntry
@@ -30,9 +30,6 @@ SQUARES: Final = (Statistic("sum_of_squares"),)
 
 _SMALL: Final = 1 << 13
 """Elements up to which a parameter is small; BLAS libraries start threads for longer vectors."""
-
-_TINY: Final = 1e-30
-"""A float32 sum of squares below this may have lost elements to underflow."""
 
 
 def is_small(entry: ParameterEntry, needs: Needs) -> bool:
@@ -128,9 +125,9 @@ def changes_of(weights: Sequence[Array], buffers: Sequence[Array], *, keep_next:
 def _checked(squares: Squares, arrays: Sequence[Array]) -> Squares:
     """The numbers themselves; those at the edge of float32's range are computed again in double."""
     # Not (a and b), so that a NaN among them is looked at too.
-    if not (squares.min() >= _TINY and squares.max() < np.inf):
+    if not (squares.min() >= TINY and squares.max() < np.inf):
         for i, square in enumerate(squares.tolist()):
-            if square < _TINY or square == np.inf:
+            if square < TINY or square == np.inf:
                 wide = arrays[i].astype(np.float64)
                 squares[i] = np.vdot(wide, wide)
     return squares

@@ -285,7 +285,7 @@ class UpdateCapture:
         elapsed = self.pace.step_time() if len(self.partners.stepped) == 1 else None
         keep_next = not engine.idle and self._updates_due(clock.step + 1)
         if call.plan is None or engine.silent:
-            self._parameters.invalidate(info.entries)
+            self._parameters.renew(info.entries, keep_next=False)
         else:
             self._emit(call, optimizer, elapsed, ended, keep_next)
         if self._expected is not None and self._complete():
