@@ -95,6 +95,7 @@ TOPICS: Final[Mapping[str, TopicSpec]] = {
         TopicSpec("batch_finished", Phase.CLOCK, Kind.EVENT, raw=False),
         TopicSpec("epoch_started", Phase.CLOCK, Kind.EVENT, raw=False),
         TopicSpec("epoch_finished", Phase.CLOCK, Kind.EVENT, raw=False),
+        TopicSpec("update_finished", Phase.CLOCK, Kind.STEP, raw=False),
         TopicSpec("step_time", Phase.CLOCK, Kind.STEP, raw=False),
         TopicSpec("examples_per_second", Phase.CLOCK, Kind.STEP, raw=False),
     )

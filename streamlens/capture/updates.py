@@ -19,7 +19,7 @@ from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
 from streamlens.capture.unowned import Unowned
 from streamlens.chain import Mark, MarkKind
-from streamlens.frame import Frame, Lease
+from streamlens.frame import Frame, Kind, Lease
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -329,6 +329,8 @@ class UpdateCapture:
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         self.pace.emit(elapsed)
+        if len(self.partners.stepped) == 1 and engine.wanted(("update_finished",)):
+            engine.emit("update_finished", ("",), torch.tensor([float(clock.step)]), Kind.STEP)
         if ended is not None:
             engine.emit_index("batch_finished", ended)
         if whole:
