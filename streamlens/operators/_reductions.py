@@ -28,7 +28,7 @@ __all__ = [
 
 _SUM: Final = Statistic("sum")
 _SQUARES: Final = Statistic("sum_of_squares")
-_CENTRED: Final = Statistic("centred")
+_CENTRED: Final = Statistic("centred", 2.0)
 _MINIMUM: Final = Statistic("minimum")
 _MAXIMUM: Final = Statistic("maximum")
 _ABSMAX: Final = Statistic("absmax")

@@ -1,173 +1,26 @@
-"""The reduction protocol: from one tensor a layer to one number (or fixed-size vector) a layer.
-
-A `Reduction` is a hashable value, so that equal ones are computed once however many chains ask for
-them. Most are finished from a few `Statistic`s (sums, sums of squares, extremes), and those are
-what is shared: the 2-norm, the root mean square and the mean of one tensor need one pass together.
-"""
+"""The statistics of whole tensors: piece by piece on the CPU, without waiting on a device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CHUNK",
-    "OF_MAGNITUDES",
-    "TINY",
-    "FunctionReduction",
-    "Reduction",
-    "Statistic",
-    "Statistics",
-    "accumulate",
-    "chunks_of",
-    "columns",
-    "flat_real",
-    "needed_statistics",
-    "real_size",
-    "square_of",
-    "statistics_of",
-    "summarise",
-]
+from streamlens.reductions.elements import CHUNK, TINY, chunks_of, flat_real, real_size
+from streamlens.reductions.statistic import OF_MAGNITUDES, OF_VALUES, Statistic, Statistics
 
-CHUNK: Final = 1 << 16
-"""Elements handled at once on the CPU: 256 kB of float32, so that a pass of several operations over
-one piece finds it in the second-level cache."""
+__all__ = ["accumulate", "columns", "square_of", "statistics_of", "summarise"]
 
 _LONGEST: Final = 1 << 18
 """Elements summed in float32 at most, before sums go on in double precision."""
 
-TINY: Final = 1e-30
-"""A float32 sum of squares below this may have lost elements to underflow."""
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A number that is computed from all elements of a tensor and merges over parts of it.
-
-    Attributes:
-        name: One of `count`, `sum`, `sum_of_squares`, `sum_of_powers`, `centred`, `minimum`,
-            `maximum` and `absmax`. `centred` is the sum of squared deviations from the mean.
-        order: The exponent of `sum_of_powers`.
-    """
-
-    name: str
-    order: float = 0.0
-
-
-Statistics: TypeAlias = Mapping[Statistic, Tensor]
-"""One vector a statistic, with one entry a layer."""
-
-
-class Reduction:
-    """A function of one tensor to a number or a fixed-size vector, for many tensors at once.
-
-    Subclass it as a frozen dataclass (equal parameters must compare and hash equal) and write
-    either `statistics` with `finish`, or `reduce`.
-    """
-
-    statistics: ClassVar[tuple[Statistic, ...]] = ()
-    components: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What is appended to the topic: `weights` becomes `weights.<name>`."""
-        raise NotImplementedError
-
-    def needs(self) -> tuple[Statistic, ...]:
-        """The statistics that `finish` reads; none means that `reduce` does the work."""
-        return self.statistics
-
-    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
-        """The values of all layers from their statistics.
-
-        Args:
-            statistics: A vector a statistic named by `needs`, one entry a layer.
-            count: Elements in each layer's tensor.
-        """
-        raise NotImplementedError
-
-    def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The values of several tensors, stacked: shape `[layers, ...]`."""
-        needs = self.needs()
-        table, count = summarise(tensors, needs)
-        return self.finish(table, count)
-
-    def describe(self) -> str:
-        """How the reduction shows in a plan."""
-        return self.name
-
-
-@dataclass(frozen=True)
-class FunctionReduction(Reduction):
-    """Any function of one tensor, applied layer by layer.
-
-    Attributes:
-        fn: Takes a detached tensor, returns a number or a tensor of a fixed shape.
-        label: The name of the result.
-        components: Names of the entries where the result is a vector.
-    """
-
-    fn: Callable[[Tensor], Tensor | float]
-    label: str
-    components: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The label."""
-        return self.label
-
-    def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Apply the function to each tensor and stack the results."""
-        results: list[Tensor] = []
-        for tensor in tensors:
-            value = self.fn(tensor)
-            result = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-            results.append(result if result.is_floating_point() else result.float())
-        return torch.stack(results) if results else torch.empty(0)
-
-
-def needed_statistics(reductions: Iterable[Reduction]) -> tuple[Statistic, ...]:
-    """The union of what several reductions need, in a stable order."""
-    return tuple(dict.fromkeys(s for reduction in reductions for s in reduction.needs()))
-
-
-def flat_real(tensor: Tensor) -> Tensor:
-    """The elements of a tensor as one real vector, without a copy where memory allows it.
-
-    Sparse tensors give their coalesced values, complex ones real and imaginary parts, a
-    DTensor its local shard; the order of elements is that of memory, not of the indices.
-    """
-    if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_contiguous():
-        return torch.view_as_real(tensor.resolve_conj()).view(-1) if tensor.is_complex() else tensor.view(-1)
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    # A permuted but dense tensor (channels_last) is one block of memory; order does not matter.
-    order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d), reverse=True)
-    return tensor.permute(order).reshape(-1)
-
-
-_OF_VALUES: Final = frozenset({"sum", "sum_of_squares", "sum_of_powers", "absmax", "count"})
-"""Statistics to which the zeros of a sparse tensor add nothing."""
-
-
-OF_MAGNITUDES: Final = frozenset({"sum_of_powers", "absmax"})
-"""Statistics of a complex tensor that are of its elements' magnitudes and not of their parts."""
-
 
 def statistics_of(tensor: Tensor, statistics: Sequence[Statistic]) -> list[float]:
     """The statistics of one CPU tensor."""
-    if tensor.layout is not torch.strided and not all(s.name in _OF_VALUES for s in statistics):
+    if tensor.layout is not torch.strided and not all(s.name in OF_VALUES for s in statistics):
         tensor = tensor.to_dense()
     if tensor.is_complex() and any(s.name in OF_MAGNITUDES for s in statistics):
         magnitudes = tensor.abs()
@@ -178,18 +31,6 @@ def statistics_of(tensor: Tensor, statistics: Sequence[Statistic]) -> list[float
     # What is read once needs no cache, but sums in float32 should not become too long.
     size = _LONGEST if len(statistics) == 1 else CHUNK
     return accumulate(chunks_of(flat_real(tensor), size), statistics)
-
-
-def real_size(tensor: Tensor) -> int:
-    """Real numbers in a tensor: a complex one has two an element, a sparse one its zeros too."""
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def chunks_of(flat: Tensor, size: int = CHUNK) -> tuple[Tensor, ...]:
-    """Pieces of a flat tensor, by default such that several operations find one in the cache."""
-    return (flat,) if flat.numel() <= size else flat.split(size)
 
 
 def summarise(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> tuple[Statistics, Tensor]:

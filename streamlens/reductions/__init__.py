@@ -1,0 +1,46 @@
+"""The reduction protocol: from one tensor a layer to one number (or fixed-size vector) a layer.
+
+A `Reduction` is a hashable value, so that equal ones are computed once however many chains ask for
+them. Most are finished from a few `Statistic`s (sums, sums of squares, extremes), and those are
+what is shared: the 2-norm, the root mean square and the mean of one tensor need one pass together.
+Statistics of the parts of a tensor merge into those of the whole.
+"""
+
+from streamlens.reductions._statistics import (
+    accumulate,
+    columns,
+    square_of,
+    statistics_of,
+    summarise,
+)
+from streamlens.reductions.elements import (
+    CHUNK,
+    TINY,
+    chunks_of,
+    flat_real,
+    real_size,
+)
+from streamlens.reductions.merging import merge_statistics, statistics_to_merge
+from streamlens.reductions.protocol import FunctionReduction, Reduction, needed_statistics
+from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
+
+__all__ = [
+    "CHUNK",
+    "OF_MAGNITUDES",
+    "TINY",
+    "FunctionReduction",
+    "Reduction",
+    "Statistic",
+    "Statistics",
+    "accumulate",
+    "chunks_of",
+    "columns",
+    "flat_real",
+    "merge_statistics",
+    "needed_statistics",
+    "real_size",
+    "square_of",
+    "statistics_of",
+    "statistics_to_merge",
+    "summarise",
+]
