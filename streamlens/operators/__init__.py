@@ -2,7 +2,9 @@
 
 from streamlens.operators.across_layers import across_layers
 from streamlens.operators.align import AlignedFrame, align, combine
+from streamlens.operators.cosine import cosine
 from streamlens.operators.diff import diff
+from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.ema import ema
 from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
@@ -19,7 +21,9 @@ __all__ = [
     "align",
     "between",
     "combine",
+    "cosine",
     "diff",
+    "distance_from_start",
     "ema",
     "every",
     "layers",

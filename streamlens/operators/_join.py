@@ -181,6 +181,8 @@ class Join(OperatorNode):
                 frames[:] = [frame for frame in frames if not given.issuperset(frame.layers)]
 
     def _forget_expired(self, slot: _Slot) -> None:
+        """Let go of gradients that their optimizer has overwritten; from now on they are copied."""
+        self._one_burst = False
         for frames in slot.held:
             self.count("incomplete", sum(len(frame) for frame in frames if frame.expired))
             frames[:] = [frame for frame in frames if not frame.expired]

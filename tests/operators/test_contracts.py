@@ -22,7 +22,9 @@ from streamlens.operators import (
     align,
     between,
     combine,
+    cosine,
     diff,
+    distance_from_start,
     ema,
     every,
     layers,
@@ -48,14 +50,16 @@ from streamlens.operators import (
 )
 from streamlens.runtime import default_runtime
 from streamlens.stream import Operator, Stream
-from tests.operators.support import chain_of, frame, saved_and_loaded
+from tests.operators.support import chain_of, saved_and_loaded
 
 OPERATORS: dict[str, Callable[[], Operator]] = {
     "across_layers": across_layers,
     "align": lambda: align("weights", "weight_updates"),
     "between": lambda: between(0),
     "combine": lambda: combine("weights", "weight_updates", fn=torch.add),
+    "cosine": cosine,
     "diff": diff,
+    "distance_from_start": lambda: distance_from_start("weights"),
     "ema": lambda: ema(0.5),
     "every": lambda: every(1),
     "layers": lambda: layers("*"),
@@ -80,6 +84,9 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "window": lambda: window(2),
 }
 
+# They say so where an operator in front has already made numbers of them.
+OF_TENSORS = {"cosine", "distance_from_start"}
+
 every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
 
 
@@ -102,7 +109,11 @@ class Log(ObserverBase[Any]):
 
 
 def two(step: int) -> list[Frame]:
-    return [frame(step, {"a": 1.0, "b": 2.0}, name, epoch=step) for name in ("weights", "weight_updates")]
+    """Two topics of matrices, so that operators of numbers and of whole tensors can take them."""
+    values = torch.tensor([[[1.0, 2.0], [3.0, 5.0]], [[2.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
+    return [
+        Frame(name, step, ("a", "b"), values + step, epoch=step) for name in ("weights", "weight_updates")
+    ]
 
 
 def test_every_public_operator_is_held_to_these_contracts() -> None:
@@ -224,7 +235,10 @@ def test_its_state_survives_the_safe_loader(make: Callable[[], Operator]) -> Non
 
 
 @given(
-    st.lists(st.sampled_from(sorted(set(OPERATORS) - {"align", "combine", "ratio", "uw_ratio"})), max_size=3)
+    st.lists(
+        st.sampled_from(sorted(set(OPERATORS) - OF_TENSORS - {"align", "combine", "ratio", "uw_ratio"})),
+        max_size=3,
+    )
 )
 def test_operators_follow_each_other_in_any_order(names: list[str]) -> None:
     source: Subject[Frame] = Subject()
