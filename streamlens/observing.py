@@ -9,11 +9,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamlens.capture.clock import Clock
+from streamlens.capture.copies import Copy, check_stand_ins, copies_of
 from streamlens.capture.engine import Engine
+from streamlens.capture.model import ModelIndex
 from streamlens.capture.orphans import close_orphans
 from streamlens.capture.root import engine_of
 from streamlens.errors import StreamlensError, did_you_mean
@@ -36,6 +38,7 @@ def observe(
     *,
     loss: nn.Module | None = None,
     optimizers: Sequence[Optimizer] | Optimizer | None = None,
+    owners: Mapping[str, Tensor] | None = None,
     count: str | None = None,
     name: str = "",
     start: int | None = None,
@@ -52,7 +55,16 @@ def observe(
         loss: The loss module, if losses and labels are wanted; for functions there is
             `lens.watch_loss`.
         optimizers: The optimizers whose steps together make one step. Optimizers are found by
-            themselves; naming them closes a step as soon as all of them have stepped.
+            themselves; naming them closes a step as soon as all of them have stepped. One that owns
+            copies of the parameters (fp32 master weights, one flat buffer) has to be named: the updates
+            are then the changes of the model's own parameters, emitted when `step()` returns if the
+            copies are back in the model by then, else when the step closes, by the next forward at the
+            latest, or at `lens.step()`. Gradients as it consumes them, its state, and the rates of
+            several groups are known through `owners` alone.
+        owners: Which tensor of these optimizers stands for which of the model's parameters: a tensor of
+            the optimizer's own, or a view into one, by the parameter's name. Weights, updates, gradients,
+            rates and state of that parameter are then those of the optimizer's tensor, which may be
+            more precise than the parameter.
         count: Which forwards are training: `"training"` (the default) in training mode only,
             `"grad"` any with gradients enabled, for those who train in eval mode.
         name: A label that prefixes layers and topics in sinks, so that two models share one.
@@ -66,7 +78,8 @@ def observe(
 
     Raises:
         TypeError: `model` is no module, or an argument has the wrong type.
-        StreamlensError: The options contradict those of an earlier `observe` of this model.
+        StreamlensError: The options contradict those of an earlier `observe` of this model, or an
+            optimizer has nothing to do with it.
 
     Example:
         >>> import streamlens as sl
@@ -82,20 +95,26 @@ def observe(
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
     _check_options(loss, count, name, start, emits, metadata, on_error)
-    if optimizers is not None:
-        _check_optimizers(model, optimizers)
+    copies = _check_optimizers(model, optimizers, owners)
     close_orphans()
     cell = current_cell()
     _close_rerun_cell(cell)
     engine = engine_of(model)
     if engine is None or engine.closed:
-        engine = Engine(model, count=count or "training", name=name, on_error=on_error, optimizers=optimizers)
+        engine = Engine(
+            model,
+            count=count or "training",
+            name=name,
+            on_error=on_error,
+            optimizers=optimizers,
+            copies=copies,
+        )
         _engines.add(engine)
         if start is None and model in _clocks:
             engine.clock.load_state_dict(_clocks[model].state_dict())
         _clocks[model] = engine.clock
     else:
-        _merge(engine, count, name, start, optimizers)
+        _merge(engine, count, name, start, optimizers, copies)
         if on_error == "raise":
             engine.on_error = on_error
     if loss is not None and not engine.inert:
@@ -144,21 +163,23 @@ def _check_options(
         raise TypeError(f"observe(metadata=...) needs a mapping, got {type(metadata).__name__}")
 
 
-def _check_optimizers(model: nn.Module, optimizers: object) -> None:
-    """Raise for what is no optimizer, or one of another model."""
-    owned = {id(parameter) for parameter in model.parameters()}
+def _check_optimizers(model: nn.Module, optimizers: object, owners: object) -> dict[str, Copy]:
+    """The copies that stand for parameters; raise for what is no optimizer, or one of another model."""
+    if optimizers is None and owners is None:
+        return {}
+    given: list[Optimizer] = []
     for optimizer in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
-        if not isinstance(optimizer, Optimizer):
+        if isinstance(optimizer, Optimizer):
+            given.append(optimizer)
+        elif optimizers is not None:
             raise TypeError(
                 "observe(optimizers=...) needs instances of torch.optim.Optimizer, got "
                 f"{optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__}"
             )
-        if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
-            raise StreamlensError(
-                f"observe(optimizers=...): this {type(optimizer).__name__} owns none of the model's "
-                "parameters; pass the one that was made from model.parameters(), or leave the option out "
-                "and let optimizers be found"
-            )
+    index = ModelIndex(model)
+    copies = {} if owners is None else copies_of(model, index, given, owners)
+    check_stand_ins(model, index, given, copies)
+    return copies
 
 
 def _merge(
@@ -167,6 +188,7 @@ def _merge(
     name: str,
     start: int | None,
     optimizers: Sequence[Optimizer] | None,
+    copies: Mapping[str, Copy],
 ) -> None:
     """Bring a later `observe` of the same model together with the first."""
     for option, new, old in (("count", count, engine.count), ("name", name or None, engine.name)):
@@ -179,8 +201,15 @@ def _merge(
         raise StreamlensError(
             f"observe(start={start}): this model is being observed; close its lens to begin the clock anew"
         )
+    for parameter, copy in copies.items():
+        earlier = engine.copies.get(parameter, copy)
+        if earlier.base is not copy.base or earlier.offset != copy.offset:
+            raise StreamlensError(
+                f"this model is observed already with another owner of {parameter!r}: close the earlier lens "
+                "first, or leave it out of owners="
+            )
     if optimizers is not None:
-        engine.updates.expect(optimizers)
+        engine.expect(optimizers, copies)
 
 
 def _close_rerun_cell(cell: CellKey | None) -> None:

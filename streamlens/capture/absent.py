@@ -58,13 +58,21 @@ class Absent:
             if losses.seen:
                 return "the watched loss must be given labels, as its second argument or as target="
             return "labels come with a loss: pass observe(model, loss=criterion)"
-        if spec is not None and spec.facet is Facet.STATE:
+        if spec is None:
+            return ""
+        if not self._engine.updates.owners.tells(spec.facet):
+            groups = ", each group with a rate of its own" if spec.facet is Facet.RATE else ""
+            return (
+                f"the optimizer owns copies of the parameters{groups}: say which stands for what, "
+                "observe(model, optimizers=[...], owners={'name of the parameter': tensor})"
+            )
+        if spec.facet is Facet.STATE:
             kept = self._state_keys()
             if spec.state not in kept:
                 return f"the optimizer keeps {', '.join(kept) or 'no state'}"
         return ""
 
     def _state_keys(self) -> tuple[str, ...]:
-        optimizers = (info.optimizer for info in self._engine.updates.optimizers)
+        optimizers = (info.optimizer for info in self._engine.updates.owners.known)
         states = (state for known in optimizers if known is not None for state in known.state.values())
         return tuple(dict.fromkeys(str(key) for state in states for key in state))

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from streamlens.capture.absent import Absent
+from streamlens.capture.copies import Copy
 from streamlens.capture.forward import ForwardCapture
 from streamlens.capture.losses import LossCapture
 from streamlens.capture.model import ModelIndex
@@ -64,6 +65,7 @@ class Engine(Source):
         name: The label in sinks.
         on_error: `"report"` or `"raise"`.
         optimizers: The optimizers that make up one step; found by themselves if None.
+        copies: What these hold in place of a parameter, by the parameter's name.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine(Source):
         name: str = "",
         on_error: str = "report",
         optimizers: Sequence[Optimizer] | None = None,
+        copies: Mapping[str, Copy] | None = None,
     ) -> None:
         super().__init__(name, on_error)
         self._model = weakref.ref(model)
@@ -81,7 +84,8 @@ class Engine(Source):
         self._finalizer.atexit = False
         self.inert = disabled()
         self.count = count
-        self.index = ModelIndex(model)
+        self.copies = dict(copies or {})
+        self.index = ModelIndex(model, self.copies)
         self.extra_metadata: dict[str, Any] = {}
         self.sessions: set[Any] = set()
         self.in_epochs = 0
@@ -215,12 +219,19 @@ class Engine(Source):
         model = self.model
         return model is not None and any(id(p) not in self.index.by_id for p in model.parameters())
 
+    def expect(self, optimizers: Sequence[Optimizer], copies: Mapping[str, Copy]) -> None:
+        """These optimizers make up a step, and hold copies in place of some parameters."""
+        if copies:
+            self.copies.update(copies)
+            self.rebuild_index()
+        self.updates.owners.expect(optimizers)
+
     def rebuild_index(self) -> None:
         """Look at the model again: parameters or modules have changed."""
         model = self.model
         if model is None:
             return
-        self.index = ModelIndex(model)
+        self.index = ModelIndex(model, self.copies)
         for demand in self.demands:
             try:
                 demand.layers = self.resolve(demand.view)
@@ -310,6 +321,7 @@ class Engine(Source):
         if step_watch().discard(self.updates):
             self._root.remove()
         # A lens that is kept keeps no parameters.
+        self.copies.clear()
         self.index = ModelIndex(nn.Module())
         self._finalizer.detach()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from streamlens.capture.copies import Copy
 from streamlens.errors import LayerNotFoundError, did_you_mean
 from streamlens.layers import LayerSelector
 from streamlens.topics import Phase, TopicSpec
@@ -60,6 +61,8 @@ class ParameterEntry:
         parameter: The parameter.
         owner: A weak reference to the module that owns it.
         order: Its place in the model.
+        copy: What the optimizer holds in its place, if it does.
+        tensor: What an update changes, and is read around it: the parameter, or its copy.
     """
 
     name: str
@@ -68,6 +71,13 @@ class ParameterEntry:
     parameter: nn.Parameter
     owner: weakref.ref[nn.Module]
     order: int
+    copy: Copy | None
+    tensor: Tensor
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient that an update consumes."""
+        return self.parameter.grad if self.copy is None else self.copy.gradient
 
 
 class ModelIndex:
@@ -75,9 +85,13 @@ class ModelIndex:
 
     Tied parameters are listed once, under their first name. Modules are held weakly: who keeps a lens
     does not keep the model.
+
+    Args:
+        model: The model.
+        copies: What an optimizer holds in place of a parameter, by the parameter's name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, copies: Mapping[str, Copy] | None = None) -> None:
         wrappers = _wrapper_paths(model)
         self.modules: MutableMapping[str, nn.Module] = weakref.WeakValueDictionary()
         self.entries: list[ParameterEntry] = []
@@ -97,8 +111,11 @@ class ModelIndex:
                     continue
                 seen.add(id(parameter))
                 name = f"{layer}.{role}" if layer else role
+                copy = copies.get(name) if copies else None
+                tensor = parameter if copy is None else copy.tensor
+                place = len(self.entries)
                 self.entries.append(
-                    ParameterEntry(name, layer, role, parameter, weakref.ref(module), len(self.entries))
+                    ParameterEntry(name, layer, role, parameter, weakref.ref(module), place, copy, tensor)
                 )
         # The modules' own tables: that a parameter was replaced is seen there.
         self._slots = [
@@ -107,14 +124,32 @@ class ModelIndex:
             if (owner := entry.owner()) is not None
         ]
         self.by_id = {id(entry.parameter): entry for entry in self.entries}
+        self._by_copy: dict[int, list[ParameterEntry]] = {}
+        for entry in self.entries:
+            if entry.copy is not None:
+                self._by_copy.setdefault(id(entry.copy.base), []).append(entry)
+        bases = {id(e.copy.base): e.copy.base for e in self.entries if e.copy is not None}
+        self._bases = [(base, base.data_ptr()) for base in bases.values()]
         self.order = {name: i for i, name in enumerate(self.modules)}
 
     def stale(self) -> bool:
         """Whether some parameter was replaced since the index was built."""
-        for held, role, parameter in self._slots:  # noqa: SIM110 - a third of the time of any()
+        for held, role, parameter in self._slots:
             if held.get(role) is not parameter:
                 return True
-        return False
+        # A buffer that the optimizer's tensor has moved away from is no longer what our views are over.
+        return any(base.data_ptr() != address for base, address in self._bases)
+
+    def owned_through(self, tensor: Tensor) -> Sequence[ParameterEntry]:
+        """The parameters that an optimizer updates by updating a tensor that it holds."""
+        entry = self.by_id.get(id(tensor))
+        if entry is not None and entry.copy is None:
+            return (entry,)
+        return self._by_copy.get(id(tensor), ())
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the model's parameters, or known to stand for some."""
+        return id(tensor) in self.by_id or id(tensor) in self._by_copy
 
     def key(self, spec: TopicSpec, entry: ParameterEntry) -> str:
         """The layer key of a parameter in a topic."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -21,6 +21,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils.hooks import RemovableHandle
+
+from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.model import ModelIndex, ParameterEntry
@@ -173,12 +175,20 @@ def step_watch() -> StepWatch:
 
 
 class OptimizerInfo:
-    """What an engine knows of one optimizer: which of the model's parameters it owns, and where."""
+    """What an engine knows of one optimizer: which of the model's parameters it owns, and where.
+
+    Attributes:
+        serial: Tells it from others.
+        entries: The parameters that it updates, in model order.
+        group_of: The place of the parameter group that holds each of them.
+        stands_in: Whether it owns none of them, but copies that nobody has told apart.
+    """
 
     def __init__(self, optimizer: Optimizer | None, serial: int) -> None:
         self.serial = serial
         self.entries: tuple[ParameterEntry, ...] = ()
         self.group_of: dict[int, int] = {}
+        self.stands_in = False
         self._signature: tuple[Any, ...] = ()
         self._optimizer = (lambda: None) if optimizer is None else weakref.ref(optimizer)
 
@@ -203,20 +213,38 @@ class OptimizerInfo:
         if signature == self._signature and not force:
             return False
         self._signature = signature
+        self.stands_in = False
         self.group_of = {}
         owned: dict[int, ParameterEntry] = {}
         for place, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                entry = index.by_id.get(id(parameter))
-                if entry is not None:
+            for tensor in group["params"]:
+                for entry in index.owned_through(tensor):
                     owned[entry.order] = entry
                     self.group_of[entry.order] = place
         self.entries = tuple(owned[order] for order in sorted(owned))
         return True
 
+    def stand_in_for(self, entries: Iterable[ParameterEntry]) -> None:
+        """It owns copies of these parameters, in a layout that is not known."""
+        self.stands_in = True
+        self.entries = tuple(entries)
+        optimizer = self._optimizer()
+        if optimizer is not None and len(optimizer.param_groups) == 1:
+            self.group_of = dict.fromkeys((entry.order for entry in self.entries), 0)
+
+    def tells(self, facet: Facet | None) -> bool:
+        """Whether something of a parameter can be taken at this optimizer's update.
+
+        Of copies that nobody has told apart the gradients and state are anybody's, and the rate is known
+        if there is one group.
+        """
+        if self.stands_in and facet is Facet.RATE:
+            return bool(self.group_of)
+        return not self.stands_in or facet not in (Facet.GRADIENT, Facet.STATE)
+
     def unknown(self, index: ModelIndex) -> bool:
         """Whether the optimizer holds parameters that the index does not know."""
         optimizer = self._optimizer()
         return optimizer is not None and any(
-            id(p) not in index.by_id for group in optimizer.param_groups for p in group["params"]
+            not index.knows(tensor) for group in optimizer.param_groups for tensor in group["params"]
         )

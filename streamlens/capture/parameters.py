@@ -82,7 +82,7 @@ class ParameterCapture:
         """Have a copy of each parameter as it stands, copying those whose copy is out of date."""
         for entry in entries:
             kept = self._kept.get(entry.order)
-            parameter = entry.parameter
+            parameter = entry.tensor
             if kept is None or not kept.fits(parameter):
                 kept = self._kept[entry.order] = Kept(parameter)
             if not kept.is_current(parameter):
@@ -95,7 +95,7 @@ class ParameterCapture:
         scale = getattr(optimizer, "grad_scale", None)
         tensors: dict[int, Tensor] = {}
         for entry in plan.entries.get(Facet.GRADIENT, ()):
-            gradient = entry.parameter.grad
+            gradient = entry.parameter.grad if entry.copy is None else entry.copy.gradient
             if gradient is None:
                 continue
             gradient = gradient.detach()
@@ -159,10 +159,10 @@ class ParameterCapture:
             if kept is None or not kept.valid:
                 continue
             on_cpu = kept.buffer.device.type == "cpu"
-            pieces = kept.pieces(entry.parameter) if on_cpu and not plan.whole_updates else None
+            pieces = kept.pieces(entry.tensor) if on_cpu and not plan.whole_updates else None
             if pieces is None:
                 kept.valid = False
-                whole[entry.order] = torch.sub(entry.parameter.detach(), kept.buffer, out=kept.buffer)
+                whole[entry.order] = torch.sub(entry.tensor.detach(), kept.buffer, out=kept.buffer)
                 continue
             wanted = value_needs.get(entry.order, Needs())
             if entry.order in done[Facet.VALUE]:
@@ -171,7 +171,7 @@ class ParameterCapture:
         read = plan.entries.get(Facet.VALUE, ())
         if len(done[Facet.VALUE]) < len(read):
             measured = values.measured
-            alone = {e.order: e.parameter.detach() for e in read if e.order not in measured}
+            alone = {e.order: e.tensor.detach() for e in read if e.order not in measured}
             self._measure(values, alone, value_needs)
         self._measure(updates, whole, update_needs)
         return values, updates, whole
@@ -199,7 +199,7 @@ class ParameterCapture:
                 for k, entry in zip(kept, changed.entries, strict=True):
                     k.valid = False
                     if keep_next:
-                        k.accept(entry.parameter)
+                        k.accept(entry.tensor)
                 done[Facet.UPDATE] = changed.places
         except Exception as error:
             for copy in copies:
@@ -231,13 +231,13 @@ class ParameterCapture:
                 if keep_next:
                     for weight, buffer in pieces:
                         buffer.copy_(weight)
-            update[1].put(entry.order, of_update, row_update, entry.parameter)
+            update[1].put(entry.order, of_update, row_update, entry.tensor)
             if statistics:
-                value[1].put(entry.order, statistics, row, entry.parameter)
-                value[1].apply(entry.order, entry.parameter.detach(), value[0].others, self._layer_error)
+                value[1].put(entry.order, statistics, row, entry.tensor)
+                value[1].apply(entry.order, entry.tensor.detach(), value[0].others, self._layer_error)
             kept.valid = False
             if keep_next:
-                kept.accept(entry.parameter)
+                kept.accept(entry.tensor)
         except Exception as error:
             kept.valid = False
             self._on_error(entry.order, error)
@@ -252,8 +252,8 @@ class ParameterCapture:
                 continue
             if not keep_next:
                 kept.valid = False
-            elif not kept.is_current(entry.parameter):
-                kept.copy(entry.parameter)
+            elif not kept.is_current(entry.tensor):
+                kept.copy(entry.tensor)
 
     def states(self, plan: CallPlan, optimizer: Optimizer) -> dict[str, tuple[Table, dict[int, Tensor]]]:
         """The optimizer's own state tensors, by state key."""
@@ -264,9 +264,10 @@ class ParameterCapture:
             tensors = found.setdefault(key, (Table(), {}))[1]
             reductions = wanted.setdefault(key, {})
             for entry in output.entries:
-                value = optimizer.state.get(entry.parameter, {}).get(key)
+                copy = entry.copy
+                value = optimizer.state.get(entry.parameter if copy is None else copy.base, {}).get(key)
                 if isinstance(value, Tensor):
-                    tensors[entry.order] = value.detach()
+                    tensors[entry.order] = value.detach() if copy is None else copy.part_of(value.detach())
                     asked = reductions.setdefault(entry.order, [])
                     if output.reduction is not None:
                         asked.append(output.reduction)

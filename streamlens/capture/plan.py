@@ -67,6 +67,8 @@ def compile_call(
             spec = topic_spec(topic)
             if spec is None or spec.phase is not Phase.PARAMETER or spec.facet is Facet.RAW_GRADIENT:
                 continue
+            if not info.tells(spec.facet):
+                continue
             wanted = demand.layers.get(topic)
             reach = owned | unowned if spec.facet is Facet.VALUE else owned
             entries = tuple(_entries(spec, index, reach, wanted))

@@ -34,7 +34,7 @@ _SMALL: Final = 1 << 13
 
 def is_small(entry: ParameterEntry, needs: Needs) -> bool:
     """Whether a parameter is handled here."""
-    parameter: Tensor = entry.parameter
+    parameter = entry.tensor
     return (
         not needs.others
         and needs.statistics == SQUARES
@@ -71,8 +71,8 @@ class Small:
         """These parameters, with what a table wants to know of them."""
         chosen = tuple(entries)
         orders = tuple(e.order for e in chosen)
-        sizes = {e.order: e.parameter.numel() for e in chosen}
-        return cls(chosen, orders, sizes, tuple(e.parameter for e in chosen), frozenset(orders))
+        sizes = {e.order: e.tensor.numel() for e in chosen}
+        return cls(chosen, orders, sizes, tuple(e.tensor for e in chosen), frozenset(orders))
 
     def weights(self) -> list[Array] | None:
         """The parameters as flat arrays; None if one is not what it was when this was planned."""

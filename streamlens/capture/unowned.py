@@ -35,7 +35,7 @@ class Unowned:
         """
         free = [entry for entry in entries if entry.order not in owned]
         self._waiting = frozenset(
-            e.order for e in free if e.parameter.grad is not None and e.order not in self._settled
+            e.order for e in free if e.gradient is not None and e.order not in self._settled
         )
         return frozenset(e.order for e in free) - self._waiting
 

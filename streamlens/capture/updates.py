@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from streamlens.capture.optimizers import OptimizerInfo
+from streamlens.capture.ownership import Ownership
 from streamlens.capture.pace import Pace
 from streamlens.capture.parameters import ParameterCapture
-from streamlens.capture.partners import Partners, Reduced
+from streamlens.capture.partners import Partners
 from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
 from streamlens.capture.unowned import Unowned
+from streamlens.capture.update_frames import TakenFrom, UpdateFrames
 from streamlens.chain import Mark, MarkKind
-from streamlens.frame import Frame, Kind, Lease
+from streamlens.frame import Kind, Lease
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
-    from streamlens.capture.view import Demand
 
 __all__ = ["UpdateCapture"]
-
-_Source: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
-"""What was asked for, its statistics, and the tensors themselves."""
 
 
 @dataclass(eq=False)
@@ -42,8 +39,14 @@ class _Call:
     rates: list[tuple[Output, Tensor]] = field(default_factory=list)
     lease: Lease | None = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    before: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The model's own parameters with their versions, where the optimizer owns copies."""
     overflow: Tensor | None = None
     skipped: bool = False
+    first: bool = False
+    """Whether it was the first of its step."""
+    elapsed: float | None = None
+    ended: int | None = None
 
 
 class UpdateCapture:
@@ -51,14 +54,14 @@ class UpdateCapture:
 
     def __init__(self, engine: Engine, expected: Sequence[Optimizer] | None) -> None:
         self._engine = engine
-        self._infos: weakref.WeakKeyDictionary[Optimizer, OptimizerInfo] = weakref.WeakKeyDictionary()
-        self._serials = 0
         self._parameters = ParameterCapture(self._failed)
-        self._expected: weakref.WeakSet[Optimizer] | None = None
+        self.owners = Ownership(engine)
         if expected is not None:
-            self.expect(expected)
+            self.owners.expect(expected)
         self._call: _Call | None = None
+        self._waiting: _Call | None = None
         self.partners = Partners(engine)
+        self._frames = UpdateFrames(engine, self.partners)
         self._unowned = Unowned()
         self._manual: OptimizerInfo | None = None
         self.pace = Pace(engine)
@@ -72,40 +75,23 @@ class UpdateCapture:
 
     # -- whose -------------------------------------------------------------------------------
 
-    def expect(self, optimizers: Sequence[Optimizer]) -> None:
-        """A step is complete once all of these have stepped."""
-        self._expected = weakref.WeakSet(optimizers)
-
     def wants(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer owns one of the model's parameters."""
+        """Whether the optimizer updates the model; called when it steps."""
         return not self._engine.closed and bool(self._engine.guard(self._owns, optimizer))
 
     def _owns(self, optimizer: Optimizer) -> bool:
-        info = self._infos.get(optimizer)
-        if info is None:
-            self._serials += 1
-            info = self._infos[optimizer] = OptimizerInfo(optimizer, self._serials)
-        if info.refresh(self._engine.index):
-            if info.unknown(self._engine.index) and self._engine.outdated:
-                self._engine.rebuild_index()
-                info.refresh(self._engine.index)
+        if self.owners.look(optimizer):
             self._parameters.reset()
-        return bool(info.entries)
-
-    @property
-    def optimizers(self) -> list[OptimizerInfo]:
-        """The optimizers seen that own parameters of the model."""
-        return [info for info in self._infos.values() if info.entries]
+        owns = self.owners.owns(optimizer)
+        clock = self._engine.clock
+        if not owns and clock.counted and not clock.in_pass and not self._engine.silent:
+            self.owners.stranger_steps(optimizer)
+        return owns
 
     @property
     def bytes_held(self) -> int:
         """Bytes of kept copies."""
         return self._parameters.bytes_held
-
-    def _owned(self) -> set[int]:
-        for optimizer in tuple(self._expected or ()):
-            self.wants(optimizer)
-        return {e.order for info in self._infos.values() for e in info.entries}
 
     # -- demands -----------------------------------------------------------------------------
 
@@ -122,18 +108,19 @@ class UpdateCapture:
         self._parameters.drop_copies()
         self._unowned.forget()
         self._manual = None
-        for info in self._infos.values():
-            info.refresh(self._engine.index, force=True)
+        self._waiting = None
+        self.owners.model_changed()
 
     def drop(self) -> None:
         """Let go of everything."""
         self._parameters.reset()
         self._parameters.drop_copies()
         self.partners.drop()
-        self._infos.clear()
+        self.owners.drop()
         if self._call is not None and self._call.lease is not None:
             self._call.lease.end()
         self._call = None
+        self._waiting = None
         self._manual = None
 
     def _updates_due(self, step: int) -> bool:
@@ -142,7 +129,8 @@ class UpdateCapture:
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
         self.pace.pass_begins()
-        if self._updates_due(self._engine.clock.step) and not self.optimizers:
+        self.owners.warn_of_strangers()
+        if self._updates_due(self._engine.clock.step) and not self.owners.known:
             self._manual = self._manual or OptimizerInfo.by_hand(self._engine.index)
             self._parameters.keep(self._plan(self._manual).entries.get(Facet.UPDATE, ()))
 
@@ -153,7 +141,8 @@ class UpdateCapture:
     ) -> Callable[[], Any] | None:
         """An optimizer that owns parameters is about to update them."""
         engine = self._engine
-        info = self._infos[optimizer]
+        info = self.owners.get(optimizer)
+        assert info is not None
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
             engine.guard(self.partners.update_begins, info, closure is not None)
@@ -178,6 +167,8 @@ class UpdateCapture:
                 engine.rebuild_index()
             call.plan = plan = self._plan(info)
             self._parameters.keep(plan.entries.get(Facet.UPDATE, ()))
+            if info.stands_in:
+                call.before = [(e.parameter, e.parameter._version) for e in info.entries]
             if closure is None:
                 self._take_gradients(call, optimizer)
             else:
@@ -194,7 +185,7 @@ class UpdateCapture:
     def _plan(self, info: OptimizerInfo) -> CallPlan:
         unowned: frozenset[int] = frozenset()
         if not self.partners.stepped and len(info.entries) < len(self._engine.index.entries):
-            owned = {e.order for e in info.entries} | self._owned()
+            owned = {e.order for e in info.entries} | self.owners.owned()
             unowned = self._unowned.with_first(self._engine.index.entries, owned)
         return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
 
@@ -240,7 +231,7 @@ class UpdateCapture:
         if raw and call.overflow is None:
             call.lease = Lease()
             call.versions = [(t, t._version) for t in tensors.values()]
-            frames = [f for o in raw if (f := self._raw(o, tensors, call.lease)) is not None]
+            frames = [f for o in raw if (f := self._frames.raw(o, tensors, call.lease)) is not None]
             self._engine.post_frames(frames)
 
     # -- after -------------------------------------------------------------------------------
@@ -248,7 +239,7 @@ class UpdateCapture:
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer that owns parameters has updated them."""
         call, self._call = self._call, None
-        info = self._infos.get(optimizer)
+        info = self.owners.get(optimizer)
         if info is None:
             return
         if call is None or call.info is not info:
@@ -258,6 +249,13 @@ class UpdateCapture:
     def by_hand(self) -> None:
         """The user says that parameters have been updated without a `torch.optim` optimizer."""
         engine = self._engine
+        self.owners.updated()
+        if self._waiting is not None:
+            # The optimizer owns copies, and they are in the model now.
+            self._emit_waiting()
+            if self.owners.complete(self.partners.stepped):
+                engine.close_step()
+            return
         info = self._manual = self._manual or OptimizerInfo.by_hand(engine.index)
         self.partners.update_begins(info)
         call = _Call(info)
@@ -281,24 +279,34 @@ class UpdateCapture:
         if optimizer is not None and not clock.counted and not engine.silent:
             engine.passes.update_without_forward()
         clock.updated = True
+        self.owners.updated()
         self.partners.stepped.append(info)
-        elapsed = self.pace.step_time() if len(self.partners.stepped) == 1 else None
-        keep_next = not engine.idle and self._updates_due(clock.step + 1)
+        call.first, call.ended = len(self.partners.stepped) == 1, ended
+        call.elapsed = self.pace.step_time() if call.first else None
         if call.plan is None or engine.silent:
             self._parameters.renew(info.entries, keep_next=False)
+        elif info.stands_in and not self._copied_back(call):
+            self._waiting = self._waiting or call
         else:
-            self._emit(call, optimizer, elapsed, ended, keep_next)
-        if self._expected is not None and self._complete():
+            self._emit(call, optimizer)
+        if self._waiting is None and self.owners.complete(self.partners.stepped):
             engine.close_step()
 
-    def _emit(
-        self,
-        call: _Call,
-        optimizer: Optimizer | None,
-        elapsed: float | None,
-        ended: int | None,
-        keep_next: bool,
-    ) -> None:
+    def _copied_back(self, call: _Call) -> bool:
+        """Whether what an optimizer made of its copies is in the model already, as its step returns."""
+        return self.owners.alone(call.info) and any(p._version != version for p, version in call.before)
+
+    def _emit_waiting(self) -> None:
+        """Emit what has waited for an optimizer's copies to get into the model."""
+        call, self._waiting = self._waiting, None
+        if call is None:
+            return
+        if self._engine.silent:
+            self._parameters.renew(call.info.entries, keep_next=False)
+        else:
+            self._emit(call, call.info.optimizer)
+
+    def _emit(self, call: _Call, optimizer: Optimizer | None) -> None:
         engine, plan = self._engine, call.plan
         assert plan is not None
         lease = call.lease or Lease()
@@ -306,89 +314,57 @@ class UpdateCapture:
             # The optimizer worked on the gradients in place: what was lent is no longer true.
             lease.end()
             lease = Lease()
+        keep_next = not engine.idle and self._updates_due(engine.clock.step + 1)
         values, updates, whole = self._parameters.values(plan, keep_next=keep_next)
         current: dict[int, Tensor] = {}
         if any(o.reduction is None for o in plan.outputs.get(Facet.VALUE, ())):
-            current = {e.order: e.parameter.detach() for e in plan.entries[Facet.VALUE]}
+            current = {e.order: e.tensor.detach() for e in plan.entries[Facet.VALUE]}
         if engine.delivering and whole:
             whole = {order: tensor.clone() for order, tensor in whole.items()}
         gradients = call.gradients or (Table(), {})
-        sources: list[_Source] = []
+        sources: list[TakenFrom] = []
         sources += [(o, *gradients) for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is not None]
         sources += [(o, values, current) for o in plan.outputs.get(Facet.VALUE, ())]
         sources += [(o, updates, whole) for o in plan.outputs.get(Facet.UPDATE, ())]
         if optimizer is not None and Facet.STATE in plan.outputs:
             states = self._parameters.states(plan, optimizer)
             sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
-        frames, reduced = self._framed(sources, lease)
+        frames, reduced = self._frames.of(sources, lease)
         reduced += [(output, output.orders, rates) for output, rates in call.rates]
         if call.overflow is not None:
             frames = []
             reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
-        frames += self.partners.gather(reduced, lambda: self.optimizers)
+        frames += self.partners.gather(reduced, lambda: self.owners.known)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
-        self.pace.emit(elapsed)
-        if len(self.partners.stepped) == 1 and engine.wanted(("update_finished",)):
+        self.pace.emit(call.elapsed)
+        if call.first and engine.wanted(("update_finished",)):
             engine.emit("update_finished", ("",), torch.tensor([float(clock.step)]), Kind.STEP)
-        if ended is not None:
-            engine.emit_index("batch_finished", ended)
+        if call.ended is not None:
+            engine.emit_index("batch_finished", call.ended)
         if whole:
             self._parameters.renew(plan.entries.get(Facet.UPDATE, ()), keep_next=keep_next)
-
-    def _framed(
-        self, sources: Iterable[_Source], lease: Lease
-    ) -> tuple[list[tuple[Sequence[Demand], Frame]], list[Reduced]]:
-        """Frames of what is wanted raw, and what may have to wait for other optimizers."""
-        frames: list[tuple[Sequence[Demand], Frame]] = []
-        reduced: list[Reduced] = []
-        for output, table, tensors in sources:
-            if output.reduction is None:
-                frame = self._raw(output, tensors, lease)
-                frames += [] if frame is None else [frame]
-                continue
-            where = f"{output.spec.name}.{output.reduction.name}"
-            found = self._engine.attempt(where, table.finish, output.reduction, output.orders)
-            if found is not None:
-                reduced.append((output, *found))
-        return frames, reduced
-
-    def _raw(
-        self, output: Output, tensors: dict[int, Tensor], lease: Lease
-    ) -> tuple[Sequence[Demand], Frame] | None:
-        held = [(key, tensors[o]) for key, o in zip(output.keys, output.orders, strict=True) if o in tensors]
-        if not held:
-            return None
-        layers = self.partners.interned(key for key, _ in held)
-        frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
-        return output.demands, frame
 
     # -- the end of a step -------------------------------------------------------------------
 
     def release(self) -> None:
-        """The step closes: emit what still waited for other optimizers."""
+        """The step closes: emit what still waited for other optimizers, or for copies to come back."""
+        self._emit_waiting()
         frames = self.partners.close_step()
         lease: Lease | None = None
-        late = self._unowned.at_end(self._owned()) if self._unowned.waiting else frozenset()
+        late = self._unowned.at_end(self.owners.owned()) if self._unowned.waiting else frozenset()
         if late and not self._engine.silent and self._due():
             lease = Lease()
-            frames += self._values_of(late, lease)
+            engine = self._engine
+            none = OptimizerInfo(None, -1)
+            plan = self._parameters.plan(engine.due_now, engine.index, none, unowned=late)
+            table = self._parameters.values(plan, keep_next=False)[0]
+            tensors = {e.order: e.tensor.detach() for e in plan.entries.get(Facet.VALUE, ())}
+            sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
+            raw, reduced = self._frames.of(sources, lease)
+            frames += raw + self.partners.gather(reduced, lambda: ())
         if frames:
             self._engine.post_frames(frames, lease)
-
-    def _values_of(self, orders: frozenset[int], lease: Lease) -> list[tuple[Sequence[Demand], Frame]]:
-        """Frames of parameters without an optimizer."""
-        engine = self._engine
-        plan = self._parameters.plan(engine.due_now, engine.index, OptimizerInfo(None, -1), unowned=orders)
-        table = self._parameters.values(plan, keep_next=False)[0]
-        tensors = {e.order: e.parameter.detach() for e in plan.entries.get(Facet.VALUE, ())}
-        sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
-        frames, reduced = self._framed(sources, lease)
-        return frames + self.partners.gather(reduced, lambda: ())
-
-    def _complete(self) -> bool:
-        stepped = {id(info.optimizer) for info in self.partners.stepped}
-        return self._expected is not None and all(id(o) in stepped for o in self._expected)
 
 
 def _masked(values: Tensor, overflow: Tensor) -> Tensor:

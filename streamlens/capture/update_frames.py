@@ -1,0 +1,63 @@
+"""`UpdateFrames`: what was taken around an update, as frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import Tensor
+
+from streamlens.capture.partners import Partners, Reduced
+from streamlens.capture.plan import Output
+from streamlens.capture.table import Table
+from streamlens.frame import Frame, Lease
+
+if TYPE_CHECKING:
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
+
+__all__ = ["TakenFrom", "UpdateFrames"]
+
+TakenFrom: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
+"""What was asked for, its statistics, and the tensors themselves."""
+
+
+class UpdateFrames:
+    """Makes frames of tensors and of their statistics.
+
+    Args:
+        engine: The engine.
+        partners: The optimizers of the open step.
+    """
+
+    def __init__(self, engine: Engine, partners: Partners) -> None:
+        self._engine = engine
+        self._partners = partners
+
+    def of(
+        self, sources: Iterable[TakenFrom], lease: Lease
+    ) -> tuple[list[tuple[Sequence[Demand], Frame]], list[Reduced]]:
+        """Frames of what is wanted raw, and what may have to wait for other optimizers."""
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        reduced: list[Reduced] = []
+        for output, table, tensors in sources:
+            if output.reduction is None:
+                frame = self.raw(output, tensors, lease)
+                frames += [] if frame is None else [frame]
+                continue
+            where = f"{output.spec.name}.{output.reduction.name}"
+            found = self._engine.attempt(where, table.finish, output.reduction, output.orders)
+            if found is not None:
+                reduced.append((output, *found))
+        return frames, reduced
+
+    def raw(
+        self, output: Output, tensors: dict[int, Tensor], lease: Lease
+    ) -> tuple[Sequence[Demand], Frame] | None:
+        """The frame of the tensors themselves, and who gets it; None if there are none."""
+        held = [(key, tensors[o]) for key, o in zip(output.keys, output.orders, strict=True) if o in tensors]
+        if not held:
+            return None
+        layers = self._partners.interned(key for key, _ in held)
+        frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
+        return output.demands, frame
