@@ -12,11 +12,27 @@ from streamlens.operators.ratio import ratio, uw_ratio
 from streamlens.operators.scan import scan
 from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
 from streamlens.operators.smooth import smooth
-from streamlens.operators.statistics import maximum, mean, minimum, norm, reduce, rms, std, var
+from streamlens.operators.statistics import (
+    absmax,
+    kurtosis,
+    maximum,
+    mean,
+    minimum,
+    nonfinite,
+    norm,
+    reduce,
+    rms,
+    skewness,
+    std,
+    total,
+    var,
+    zero_fraction,
+)
 from streamlens.operators.window import window
 
 __all__ = [
     "AlignedFrame",
+    "absmax",
     "across_layers",
     "align",
     "between",
@@ -26,10 +42,12 @@ __all__ = [
     "distance_from_start",
     "ema",
     "every",
+    "kurtosis",
     "layers",
     "maximum",
     "mean",
     "minimum",
+    "nonfinite",
     "norm",
     "per_epoch",
     "per_layer",
@@ -39,11 +57,14 @@ __all__ = [
     "rename",
     "rms",
     "scan",
+    "skewness",
     "smooth",
     "std",
     "topic",
+    "total",
     "uw_ratio",
     "var",
     "where",
     "window",
+    "zero_fraction",
 ]

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.operators._base import relabelled, widened
-from streamlens.reductions import OF_MAGNITUDES, Reduction, Statistic, Statistics
+from streamlens.reductions import OF_MAGNITUDES, Reduction, Statistic, Statistics, row_statistics
 
 __all__ = [
+    "AbsMax",
+    "Kurtosis",
     "Maximum",
     "Mean",
     "Minimum",
+    "Nonfinite",
     "Norm",
     "RootMeanSquare",
+    "Skewness",
     "Std",
+    "Total",
     "Var",
+    "ZeroFraction",
     "reduce_frame",
     "reduce_values",
 ]
@@ -29,9 +35,13 @@ __all__ = [
 _SUM: Final = Statistic("sum")
 _SQUARES: Final = Statistic("sum_of_squares")
 _CENTRED: Final = Statistic("centred", 2.0)
+_CUBES: Final = Statistic("centred", 3.0)
+_FOURTHS: Final = Statistic("centred", 4.0)
 _MINIMUM: Final = Statistic("minimum")
 _MAXIMUM: Final = Statistic("maximum")
 _ABSMAX: Final = Statistic("absmax")
+_NONZERO: Final = Statistic("nonzero")
+_NONFINITE: Final = Statistic("nonfinite")
 _DOUBLE: Final = frozenset({torch.float64, torch.complex128})
 
 
@@ -84,6 +94,22 @@ class Mean(Reduction):
     def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
         """The sum over the count; NaN for a tensor without elements."""
         return statistics[_SUM] / count
+
+
+@dataclass(frozen=True)
+class Total(Reduction):
+    """The sum of all elements."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_SUM,)
+
+    @property
+    def name(self) -> str:
+        """`total`."""
+        return "total"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The statistic itself."""
+        return statistics[_SUM]
 
 
 @dataclass(frozen=True)
@@ -176,6 +202,88 @@ class Maximum(Reduction):
         return statistics[_MAXIMUM]
 
 
+@dataclass(frozen=True)
+class AbsMax(Reduction):
+    """The largest magnitude of an element."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_ABSMAX,)
+
+    @property
+    def name(self) -> str:
+        """`absmax`."""
+        return "absmax"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The statistic itself; NaN for a tensor without elements."""
+        return torch.where(count == 0, torch.full_like(count, math.nan), statistics[_ABSMAX])
+
+
+@dataclass(frozen=True)
+class Skewness(Reduction):
+    """The third standardised moment of all elements."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_CENTRED, _CUBES)
+
+    @property
+    def name(self) -> str:
+        """`skewness`."""
+        return "skewness"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The mean cube over the variance to the power of 1.5; NaN where nothing deviates."""
+        variance = statistics[_CENTRED] / count
+        return (statistics[_CUBES] / count / variance.pow(1.5)).masked_fill(variance == 0, math.nan)
+
+
+@dataclass(frozen=True)
+class Kurtosis(Reduction):
+    """The fourth standardised moment of all elements, less that of a normal distribution."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_CENTRED, _FOURTHS)
+
+    @property
+    def name(self) -> str:
+        """`kurtosis`."""
+        return "kurtosis"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The mean fourth power over the squared variance, less 3; NaN where nothing deviates."""
+        variance = statistics[_CENTRED] / count
+        return (statistics[_FOURTHS] / count / variance.square() - 3).masked_fill(variance == 0, math.nan)
+
+
+@dataclass(frozen=True)
+class ZeroFraction(Reduction):
+    """The share of elements that are exactly zero."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_NONZERO,)
+
+    @property
+    def name(self) -> str:
+        """`zero_fraction`."""
+        return "zero_fraction"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """What is not nonzero, over the count; NaN for a tensor without elements."""
+        return (count - statistics[_NONZERO]) / count
+
+
+@dataclass(frozen=True)
+class Nonfinite(Reduction):
+    """The number of elements that are NaN or infinite."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (_NONFINITE,)
+
+    @property
+    def name(self) -> str:
+        """`nonfinite`."""
+        return "nonfinite"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        """The statistic itself."""
+        return statistics[_NONFINITE]
+
+
 def reduce_frame(
     frame: Frame, reduction: Reduction, on_error: Callable[[str, Exception], None]
 ) -> Frame | None:
@@ -235,26 +343,4 @@ def _reduce_rows(values: Tensor, reduction: Reduction) -> Tensor:
         # As for raw tensors: a float32 square may overflow where its root does not.
         rows = rows.double()
     count = torch.full((len(rows),), float(rows.shape[1]), dtype=rows.dtype, device=rows.device)
-    return reduction.finish({s: _row_statistic(rows, s) for s in needs}, count)
-
-
-def _row_statistic(rows: Tensor, statistic: Statistic) -> Tensor:
-    if rows.shape[1] == 0:
-        empty = math.nan if statistic.name in {"centred", "minimum", "maximum"} else 0.0
-        return rows.new_full((len(rows),), empty)
-    if statistic.name == "sum":
-        return rows.sum(1)
-    if statistic.name == "sum_of_squares":
-        return rows.square().sum(1)
-    if statistic.name == "sum_of_powers":
-        powers = (rows != 0).to(rows.dtype) if statistic.order == 0 else rows.abs().pow(statistic.order)
-        return powers.sum(1)
-    if statistic.name == "centred":
-        return (rows - rows.mean(1, keepdim=True)).square().sum(1)
-    extreme: dict[str, Any] = {
-        "minimum": lambda: rows.amin(1),
-        "maximum": lambda: rows.amax(1),
-        "absmax": lambda: rows.abs().amax(1),
-        "count": lambda: rows.new_full((len(rows),), float(rows.shape[1])),
-    }
-    return cast("Tensor", extreme[statistic.name]())
+    return reduction.finish(row_statistics(rows, needs), count)

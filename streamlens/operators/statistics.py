@@ -1,4 +1,4 @@
-"""One number a layer: `norm`, `mean`, `var`, `std`, `minimum`, `maximum`, `rms`, and `reduce` for your own.
+"""One number a layer: norms, moments, extremes, counts, and `reduce` for your own function.
 
 On a Lens they are computed where the tensor is taken, once a step however many chains ask, those
 of one tensor together. On any other stream they reduce the frames that come.
@@ -6,8 +6,9 @@ of one tensor together. On any other stream they reduce the frames that come.
 Common to all: the input is any topic, of any shape; half precision is accumulated in float32 or
 wider; the result is float32, or float64 where the values are. Norms of a complex tensor are of the
 magnitudes of its elements; to the other statistics its elements are their real and imaginary parts.
-NaN and inf pass through. The cost is one pass over the tensor (two for variances) and no wait for a
-GPU.
+NaN and inf pass through, except where they are what is counted. The cost is one pass over the tensor
+for all that is asked of it together (on a device a few kernels each) and no wait for a GPU. All of
+them merge: over pieces that fit the cache, and over the shards of a distributed tensor.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
 from streamlens.operators._base import checked_source
 from streamlens.operators._reductions import (
+    AbsMax,
+    Kurtosis,
     Maximum,
     Mean,
     Minimum,
+    Nonfinite,
     Norm,
     RootMeanSquare,
+    Skewness,
     Std,
+    Total,
     Var,
+    ZeroFraction,
     reduce_frame,
 )
 from streamlens.operators.selection import topic as select
@@ -37,16 +44,22 @@ from streamlens.reductions import FunctionReduction, Reduction
 from streamlens.stream import Operator
 
 __all__ = [
+    "absmax",
     "check_order",
+    "kurtosis",
     "maximum",
     "mean",
     "minimum",
+    "nonfinite",
     "norm",
     "reduce",
     "reduction_operator",
     "rms",
+    "skewness",
     "std",
+    "total",
     "var",
+    "zero_fraction",
 ]
 
 
@@ -136,10 +149,22 @@ def mean(topic: str | None = None) -> Operator:
     return reduction_operator(Mean(), topic, "mean")
 
 
+def total(topic: str | None = None) -> Operator:
+    """The sum of each layer's elements, as topic `<topic>.total`; 0 for a tensor without elements.
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(Total(), topic, "total")
+
+
 def var(topic: str | None = None, *, unbiased: bool = True) -> Operator:
     """The variance of each layer's elements: sum of (x - mean)^2 over n - 1.
 
-    Computed in two passes, so that a large mean does not swallow it. The result is topic
+    Summed from deviations, so that a large mean does not swallow it. The result is topic
     `<topic>.var` (`<topic>.population_var` when divided by n); NaN where there are too few elements.
 
     Args:
@@ -189,6 +214,81 @@ def maximum(topic: str | None = None) -> Operator:
         The operator.
     """
     return reduction_operator(Maximum(), topic, "maximum")
+
+
+def absmax(topic: str | None = None) -> Operator:
+    """The largest magnitude of each layer's elements: max |x|, as topic `<topic>.absmax`.
+
+    NaN if any element is, and for a tensor without elements (where `norm(order=math.inf)` is 0).
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(AbsMax(), topic, "absmax")
+
+
+def skewness(topic: str | None = None) -> Operator:
+    """How lopsided each layer's elements lie about their mean: m3 / m2^1.5, as topic `<topic>.skewness`.
+
+    m_k is the population's central moment, sum of (x - mean)^k / n (SciPy's `skew` by default). It is
+    without unit, of any sign, 0 for a symmetric distribution, and the same for c x with c > 0. NaN
+    where no element deviates from the others, or where one is not finite. Float64 elements beyond
+    1e77 in magnitude or all deviating by less than 1e-77 leave the range of the powers.
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(Skewness(), topic, "skewness")
+
+
+def kurtosis(topic: str | None = None) -> Operator:
+    """How heavy the tails of each layer's elements are: m4 / m2^2 - 3, as topic `<topic>.kurtosis`.
+
+    m_k is the population's central moment, sum of (x - mean)^k / n, and 3 what a normal distribution
+    has (SciPy's `kurtosis` by default: Fisher's definition, of the population). It is without unit, at
+    least -2, 0 for a normal distribution, and the same for c x. NaN where no element deviates from
+    the others, or where one is not finite; the range of float64 elements is as for `skewness`.
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(Kurtosis(), topic, "kurtosis")
+
+
+def zero_fraction(topic: str | None = None) -> Operator:
+    """The share of each layer's elements that are exactly zero, as topic `<topic>.zero_fraction`.
+
+    In [0, 1]; both zeros count, NaN is not zero, and the zeros that a sparse tensor does not hold
+    count too. NaN for a tensor without elements.
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(ZeroFraction(), topic, "zero_fraction")
+
+
+def nonfinite(topic: str | None = None) -> Operator:
+    """How many of each layer's elements are NaN or infinite, as topic `<topic>.nonfinite`.
+
+    Args:
+        topic: The topic to select; the stream as it is unless given.
+
+    Returns:
+        The operator.
+    """
+    return reduction_operator(Nonfinite(), topic, "nonfinite")
 
 
 def rms(topic: str | None = None) -> Operator:

@@ -6,13 +6,6 @@ what is shared: the 2-norm, the root mean square and the mean of one tensor need
 Statistics of the parts of a tensor merge into those of the whole.
 """
 
-from streamlens.reductions._statistics import (
-    accumulate,
-    columns,
-    square_of,
-    statistics_of,
-    summarise,
-)
 from streamlens.reductions.elements import (
     CHUNK,
     TINY,
@@ -21,8 +14,11 @@ from streamlens.reductions.elements import (
     real_size,
 )
 from streamlens.reductions.merging import merge_statistics, statistics_to_merge
+from streamlens.reductions.pieces import accumulate, square_of, statistics_of
 from streamlens.reductions.protocol import FunctionReduction, Reduction, needed_statistics
+from streamlens.reductions.rows import row_statistics
 from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
+from streamlens.reductions.summaries import columns, summarise
 
 __all__ = [
     "CHUNK",
@@ -39,6 +35,7 @@ __all__ = [
     "merge_statistics",
     "needed_statistics",
     "real_size",
+    "row_statistics",
     "square_of",
     "statistics_of",
     "statistics_to_merge",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from streamlens.reductions.statistic import Statistic, Statistics
 
-__all__ = ["merge_statistics", "statistics_to_merge"]
+__all__ = ["ADDED", "merge_stacked", "merge_statistics", "moved", "statistics_to_merge"]
 
 _SUM: Final = Statistic("sum")
-_ADDED: Final = frozenset({"count", "sum", "sum_of_squares", "sum_of_powers"})
+ADDED: Final = frozenset({"count", "sum", "sum_of_squares", "sum_of_powers", "nonzero", "nonfinite"})
+"""Statistics of parts that add up to that of the whole."""
+
 _PICKED: Final = {"minimum": torch.amin, "maximum": torch.amax, "absmax": torch.amax}
 _NONE: Final = {"minimum": math.inf, "maximum": -math.inf, "absmax": -math.inf}
 
@@ -65,15 +67,51 @@ def merge_statistics(parts: Sequence[tuple[Statistics, Tensor]]) -> tuple[Statis
         return dict(first), count
     counts = torch.stack([n for _, n in parts])
     stacked = {s: torch.stack([part[s] for part, _ in parts]) for s in first}
-    merged = {s: _merge(s, values, counts) for s, values in stacked.items() if s.name != "centred"}
-    centred = {s: values for s, values in stacked.items() if s.name == "centred"}
+    return merge_stacked(stacked, counts), counts.sum(0)
+
+
+def merge_stacked(parts: Statistics, counts: Tensor) -> Statistics:
+    """The same for parts that are stacked: the first dimension is the part, the second the layer.
+
+    Args:
+        parts: Each statistic of all parts, with those that merging them needs.
+        counts: How many elements each part has.
+
+    Returns:
+        The statistics of the whole.
+    """
+    merged = {s: _merge(s, values, counts) for s, values in parts.items() if s.name != "centred"}
+    centred = {s: values for s, values in parts.items() if s.name == "centred"}
     if centred:
-        merged.update(_merge_centred(centred, stacked[_SUM], counts))
-    return {s: merged[s] for s in first}, counts.sum(0)
+        merged.update(_merge_centred(centred, parts[_SUM], counts))
+    return {s: merged[s] for s in parts}
+
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def moved(powers: Sequence[Number], distance: Number, k: int) -> Number:
+    """Sums of powers of numbers become the sum of the k-th powers of the numbers moved by a distance.
+
+    By the binomial theorem, sum (x + d)^k = sum_j C(k, j) d^(k-j) sum x^j.
+
+    Args:
+        powers: The sums of x^0 (the count), x^1, ..., x^k.
+        distance: What is added to each number.
+        k: The exponent.
+
+    Returns:
+        The sum of the k-th powers of x + distance.
+    """
+    # Horner's scheme, with products only: a float's ** raises where a product becomes infinite.
+    total = powers[0]
+    for j in range(1, k + 1):
+        total = total * distance + math.comb(k, j) * powers[j]
+    return total
 
 
 def _merge(statistic: Statistic, values: Tensor, counts: Tensor) -> Tensor:
-    if statistic.name in _ADDED:
+    if statistic.name in ADDED:
         return values.sum(0)
     if statistic.name not in _PICKED:
         raise ValueError(f"{statistic} does not merge")
@@ -83,19 +121,19 @@ def _merge(statistic: Statistic, values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _merge_centred(centred: Statistics, sums: Tensor, counts: Tensor) -> dict[Statistic, Tensor]:
-    """With d the distance of a part's mean from the common one: sum (x + d)^k = sum_j C(k, j) d^(k-j) M_j."""
     whole = counts.sum(0)
     mean = sums.sum(0) / whole
     distance = (sums / counts - mean).masked_fill(counts == 0, 0.0)
     # Means that differ by their own rounding are equal: else parts of a constant would deviate.
     rounding = 4 * torch.finfo(distance.dtype).eps * mean.abs()
     distance = distance.masked_fill(distance.abs() <= rounding, 0.0)
-    powers = {s.order: values.masked_fill(counts == 0, 0.0) for s, values in centred.items()}
     # Deviations from a part's own mean add up to nothing.
-    powers[0.0], powers[1.0] = counts, torch.zeros_like(distance)
-    merged: dict[Statistic, Tensor] = {}
-    for statistic in centred:
-        k = int(statistic.order)
-        terms = [math.comb(k, j) * distance.pow(k - j) * powers[float(j)] for j in range(k + 1)]
-        merged[statistic] = sum(terms[1:], terms[0]).sum(0).masked_fill(whole == 0, math.nan)
-    return merged
+    ordered = sorted(centred, key=lambda s: s.order)
+    powers = [
+        counts,
+        torch.zeros_like(distance),
+        *(centred[s].masked_fill(counts == 0, 0.0) for s in ordered),
+    ]
+    return {
+        s: moved(powers, distance, int(s.order)).sum(0).masked_fill(whole == 0, math.nan) for s in centred
+    }

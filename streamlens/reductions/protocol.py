@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from streamlens.reductions._statistics import summarise
 from streamlens.reductions.statistic import Statistic, Statistics
+from streamlens.reductions.summaries import summarise
 
 __all__ = ["FunctionReduction", "Reduction", "needed_statistics"]
 

@@ -13,7 +13,9 @@ __all__ = ["OF_MAGNITUDES", "OF_VALUES", "Statistic", "Statistics"]
 OF_MAGNITUDES: Final = frozenset({"sum_of_powers", "absmax"})
 """Statistics of a complex tensor that are of its elements' magnitudes and not of their parts."""
 
-OF_VALUES: Final = frozenset({"sum", "sum_of_squares", "sum_of_powers", "absmax", "count"})
+OF_VALUES: Final = frozenset(
+    {"sum", "sum_of_squares", "sum_of_powers", "absmax", "count", "nonzero", "nonfinite"}
+)
 """Statistics to which the zeros of a sparse tensor add nothing."""
 
 
@@ -23,7 +25,8 @@ class Statistic:
 
     Attributes:
         name: One of `count`, `sum`, `sum_of_squares`, `sum_of_powers`, `centred`, `minimum`,
-            `maximum` and `absmax`. `centred` is the sum of powers of deviations from the mean.
+            `maximum`, `absmax`, `nonzero` and `nonfinite`. `centred` is the sum of powers of
+            deviations from the mean; the last two are numbers of elements.
         order: The exponent of `sum_of_powers` and of `centred`, there 2, 3 or 4.
     """
 

@@ -18,6 +18,7 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.nodes import Node, stateful
 from streamlens.operators import (
+    absmax,
     across_layers,
     align,
     between,
@@ -27,10 +28,12 @@ from streamlens.operators import (
     distance_from_start,
     ema,
     every,
+    kurtosis,
     layers,
     maximum,
     mean,
     minimum,
+    nonfinite,
     norm,
     per_epoch,
     per_layer,
@@ -40,19 +43,23 @@ from streamlens.operators import (
     rename,
     rms,
     scan,
+    skewness,
     smooth,
     std,
     topic,
+    total,
     uw_ratio,
     var,
     where,
     window,
+    zero_fraction,
 )
 from streamlens.runtime import default_runtime
 from streamlens.stream import Operator, Stream
 from tests.operators.support import chain_of, saved_and_loaded
 
 OPERATORS: dict[str, Callable[[], Operator]] = {
+    "absmax": absmax,
     "across_layers": across_layers,
     "align": lambda: align("weights", "weight_updates"),
     "between": lambda: between(0),
@@ -62,10 +69,12 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "distance_from_start": lambda: distance_from_start("weights"),
     "ema": lambda: ema(0.5),
     "every": lambda: every(1),
+    "kurtosis": kurtosis,
     "layers": lambda: layers("*"),
     "maximum": maximum,
     "mean": mean,
     "minimum": minimum,
+    "nonfinite": nonfinite,
     "norm": norm,
     "per_epoch": per_epoch,
     "per_layer": per_layer,
@@ -75,13 +84,16 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "rename": lambda: rename("y"),
     "rms": rms,
     "scan": lambda: scan(lambda total, item: total),
+    "skewness": skewness,
     "smooth": lambda: smooth(1),
     "std": std,
     "topic": lambda: topic("weights", "weight_updates"),
+    "total": total,
     "uw_ratio": uw_ratio,
     "var": var,
     "where": lambda: where(lambda _: True),
     "window": lambda: window(2),
+    "zero_fraction": zero_fraction,
 }
 
 # They say so where an operator in front has already made numbers of them.

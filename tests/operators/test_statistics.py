@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,23 @@ from torch import Tensor, nn
 from streamlens import observe
 from streamlens.frame import Frame, to_numpy
 from streamlens.lens import Lens
-from streamlens.operators import maximum, mean, minimum, norm, reduce, rms, std, topic, var
+from streamlens.operators import (
+    absmax,
+    kurtosis,
+    maximum,
+    mean,
+    minimum,
+    nonfinite,
+    norm,
+    reduce,
+    rms,
+    skewness,
+    std,
+    topic,
+    total,
+    var,
+    zero_fraction,
+)
 from streamlens.runtime import default_runtime
 from streamlens.stream import Operator
 from tests.operators.support import NUMBERS, frame, ragged, run, same
@@ -35,6 +53,15 @@ def _var(ddof: int) -> Callable[[Array], float]:
     return lambda x: float(np.sum((x - x.mean()) ** 2) / (x.size - ddof)) if x.size > ddof else math.nan
 
 
+def _moment(fn: Callable[[Array], Any]) -> Callable[[Array], float]:
+    def oracle(x: Array) -> float:
+        if not x.size or not np.isfinite(x).all() or x.min() == x.max():
+            return math.nan
+        return float(fn(x / np.abs(x).max()))  # scaled, since SciPy's powers leave float64's range too
+
+    return oracle
+
+
 ORACLES: dict[str, tuple[Operator, Callable[[Array], float]]] = {
     "norm2": (norm(), _p_norm(2)),
     "norm1": (norm(order=1), _p_norm(1)),
@@ -48,6 +75,12 @@ ORACLES: dict[str, tuple[Operator, Callable[[Array], float]]] = {
     "population_std": (std(unbiased=False), lambda x: math.sqrt(_var(0)(x))),
     "minimum": (minimum(), _extreme(np.min)),
     "maximum": (maximum(), _extreme(np.max)),
+    "total": (total(), lambda x: float(x.sum())),
+    "absmax": (absmax(), _extreme(lambda x: np.max(np.abs(x)))),
+    "skewness": (skewness(), _moment(scipy.stats.skew)),
+    "kurtosis": (kurtosis(), _moment(scipy.stats.kurtosis)),
+    "zero_fraction": (zero_fraction(), lambda x: float(np.mean(x == 0)) if x.size else math.nan),
+    "nonfinite": (nonfinite(), lambda x: float(np.sum(~np.isfinite(x)))),
     "rms": (rms(), lambda x: math.sqrt(float(np.mean(x**2))) if x.size else math.nan),
 }
 
@@ -72,11 +105,20 @@ def _tensors() -> dict[str, Tensor]:
         "large": 1e30 * dense,
         "small": 1e-30 * dense,
         "large mean": 1e4 + dense,
+        "constant": torch.full((3, 5), 0.1),
+        "zeros among others": dense * (dense > 0),
+        "boolean": dense > 0,
+        "many pieces": 3 + torch.randn(150_001, generator=draw),
+        "many pieces, constant": torch.full((150_001,), 0.1),
+        "many pieces, one odd": torch.arange(150_001) == 7,
+        "many pieces, half": torch.rand(150_001, generator=draw).half(),
     }
 
 
 TENSORS = _tensors()
-LOOSE = {"half": 1e-3, "bfloat16": 1e-3, "large mean": 1e-4}
+LOOSE = {"half": 1e-3, "bfloat16": 1e-3, "large mean": 1e-4, "many pieces, constant": 1e-5}
+# Standardised moments are differences of numbers around 1.
+ABSOLUTE = {"skewness": 1e-5, "kurtosis": 1e-5}
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -96,7 +138,7 @@ def test_equals_numpy_in_double_precision(what: str, name: str) -> None:
     wanted = oracle(as_array(tensor))
     if abs(wanted) > torch.finfo(torch.float32).max:
         wanted = math.copysign(math.inf, wanted)
-    assert same(float(out.values[0]), wanted, rel=LOOSE.get(what, 2e-6), abs_=1e-38)
+    assert same(float(out.values[0]), wanted, rel=LOOSE.get(what, 2e-6), abs_=ABSOLUTE.get(name, 1e-38))
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -124,7 +166,7 @@ def test_norms_of_a_complex_tensor_are_of_magnitudes_and_the_rest_of_its_parts()
         got = {name: run(ORACLES[name][0], [values])[0].to_dict()["a"] for name in ORACLES}
         parts, magnitudes = np.array([3.0, 4.0, 1.0, -2.0]), np.abs(z.numpy())
         expected = {
-            name: oracle(magnitudes if name.startswith("norm") else parts)
+            name: oracle(magnitudes if name.startswith("norm") or name == "absmax" else parts)
             for name, (_, oracle) in ORACLES.items()
         }
         assert got == pytest.approx(expected)
@@ -141,8 +183,34 @@ def test_scale_laws(numbers: list[float], c: float) -> None:
     for operator in (norm(), norm(order=1), norm(order=math.inf), rms(), std(), mean(), maximum()):
         assert value(operator, c * x) == pytest.approx(c * value(operator, x), rel=1e-9, abs=1e-9)
     assert value(var(), c * x) == pytest.approx(c**2 * value(var(), x), rel=1e-9, abs=1e-9)
+    assert value(total(), c * x) == pytest.approx(c * value(total(), x), rel=1e-9, abs=1e-9)
+    assert value(absmax(), -c * x) == pytest.approx(c * value(absmax(), x))
+    for operator, sign in ((skewness(), -1), (kurtosis(), 1)):
+        if value(std(), x) > 1e-3:
+            assert value(operator, c * x + 5) == pytest.approx(value(operator, x), rel=1e-6, abs=1e-6)
+            assert value(operator, -x) == pytest.approx(sign * value(operator, x), rel=1e-6, abs=1e-6)
+    assert value(zero_fraction(), c * x) == value(zero_fraction(), x)
     assert value(var(), x + 50) == pytest.approx(value(var(), x), rel=1e-7, abs=1e-7)
     assert value(norm(order=0), c * x) == value(norm(order=0), x)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_kurtosis_exceeds_squared_skewness_less_two(numbers: list[float]) -> None:
+    x = ragged(0, {"a": torch.tensor(numbers, dtype=torch.float64)})
+    third, fourth = (run(operator, [x])[0].to_dict()["a"] for operator in (skewness(), kurtosis()))
+    assert math.isnan(fourth) or fourth >= third**2 - 2 - 1e-9
+
+
+def test_elements_that_a_sparse_tensor_does_not_hold_are_zeros() -> None:
+    dense = torch.tensor([[0.0, 3.0, 0.0], [0.0, -1.0, math.inf]])
+    places, values = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 2]]), torch.tensor([1.0, 2.0, -1.0, math.inf])
+    twice = torch.sparse_coo_tensor(places, values, (2, 3), check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that compressed layouts are a beta of PyTorch's
+        tensors = (dense, twice, dense.to_sparse_csr())
+    for name, (operator, _) in ORACLES.items():
+        wanted, *got = (run(operator, [ragged(0, {"a": t})])[0].to_dict()["a"] for t in tensors)
+        assert got == pytest.approx([wanted, wanted], nan_ok=True), name
 
 
 def test_half_precision_does_not_overflow() -> None:
@@ -171,7 +239,7 @@ def test_on_a_lens_reductions_are_pushed_down_and_equal_the_tensors_own() -> Non
         for name, (_, oracle) in ORACLES.items():
             wanted = {n.removesuffix(".weight"): oracle(as_array(w)) for n, w in weights.items()}
             (frame_of_it,) = [f for f in got if f.topic == f"weights.{name}"]
-            assert frame_of_it.to_dict() == pytest.approx(wanted, rel=1e-5), name
+            assert frame_of_it.to_dict() == pytest.approx(wanted, rel=1e-5, abs=ABSOLUTE.get(name)), name
 
 
 def test_what_is_reduced_already_is_reduced_again_as_frames() -> None:
@@ -221,7 +289,24 @@ def test_an_order_that_is_no_number_from_zero_on_is_refused(order: float) -> Non
         norm(order=order)
 
 
-@pytest.mark.parametrize("operator", [norm, mean, var, std, minimum, maximum, rms])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        absmax,
+        kurtosis,
+        maximum,
+        mean,
+        minimum,
+        nonfinite,
+        norm,
+        rms,
+        skewness,
+        std,
+        total,
+        var,
+        zero_fraction,
+    ],
+)
 def test_a_first_argument_that_is_no_topic_is_refused(operator: Callable[[Any], Operator]) -> None:
     with pytest.raises(TypeError, match="is a topic such as 'weights', got 2"):
         operator(2)
