@@ -51,7 +51,8 @@ def summarise_on_device(
 ) -> tuple[Statistics, Tensor]:
     """The same on whatever device the tensors lie on, by multi-tensor calls where there are some.
 
-    Nothing is fetched: numbers that describe each tensor are stacked where the tensors are.
+    Nothing is fetched: numbers that describe each tensor are stacked where the tensors are. Squares and
+    other powers of single precision are summed in it, so that elements beyond 1e19 make them infinite.
     """
     flats = [flat_real(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
     home = next((f.device for f in flats if f.device.type != "cpu"), flats[0].device)
