@@ -121,6 +121,7 @@ def observe(
         engine.losses.watch_module(loss)
     for topic in emits:
         engine.check_own_topic(topic)
+    engine.threads.observed()
     engine.extra_metadata.update(metadata or {})
     session = Session(engine, cell)
     engine.sessions.add(session)

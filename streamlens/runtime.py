@@ -217,6 +217,14 @@ class Runtime:
         if self.closed:
             raise ClosedLensError("this lens is closed: call streamlens.observe(model) again for a new one")
 
+    def check_subscribing(self) -> None:
+        """Raise where nothing can be subscribed now.
+
+        Raises:
+            ClosedLensError: The runtime is closed.
+        """
+        self.check_open()
+
     # -- chains and their state --------------------------------------------------------------
 
     def chain_key(self, plan: str) -> str:

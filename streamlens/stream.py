@@ -145,12 +145,13 @@ class Stream(Observable[Frame]):
 
         Raises:
             ClosedLensError: The lens is closed.
-            StreamlensError: The chain cannot work, for the reason named, or `name` is taken.
+            StreamlensError: The chain cannot work, for the reason named, `name` is taken, or this is
+                another thread than the one that observes and trains.
         """
         if current_chain.get() is not None:
             # An operator subscribes upstream: the chain under way collects what it needs.
             return super().subscribe(cast("Any", on_next), on_error, on_completed, scheduler=scheduler)
-        self.runtime.check_open()
+        self.runtime.check_subscribing()
         self.check_subscribable()
         self._check_name(name)
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)

@@ -28,6 +28,7 @@ from streamlens.capture.orphans import bury, close_orphans
 from streamlens.capture.passes import PassWatch
 from streamlens.capture.root import RootHooks
 from streamlens.capture.source import Source
+from streamlens.capture.threads import Threads
 from streamlens.capture.updates import UpdateCapture
 from streamlens.capture.view import View
 from streamlens.chain import Mark, MarkKind
@@ -91,6 +92,7 @@ class Engine(Source):
         self.in_epochs = 0
         self.paused = 0
         self._suppressed = 0
+        self.threads = Threads(self)
         self.passes = PassWatch(self)
         self.forward = ForwardCapture(self)
         self.losses = LossCapture(self)
@@ -121,7 +123,7 @@ class Engine(Source):
     @property
     def silent(self) -> bool:
         """Whether nothing is to be taken now."""
-        return self.closed or self.inert or self.paused > 0 or self._suppressed > 0
+        return self.closed or self.inert or self.paused > 0 or self._suppressed > 0 or self.threads.contended
 
     @contextlib.contextmanager
     def suppressed(self) -> Iterator[None]:
@@ -158,6 +160,11 @@ class Engine(Source):
                 continue
             resolved[topic] = self.index.resolve(spec, view.selectors)
         return resolved
+
+    def check_subscribing(self) -> None:
+        """Raise if the engine is closed, or this is not the thread that frames come on."""
+        self.check_open()
+        self.threads.check_subscribing()
 
     def demands_changed(self) -> None:
         """A subscription has come or gone: plans, hooks and copies follow."""

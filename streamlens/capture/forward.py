@@ -77,6 +77,10 @@ class ForwardCapture:
         self.provisional.clear()
         self.in_backward = False
         self._unhook_leaves()
+        self.plan_again(due)
+
+    def plan_again(self, due: Sequence[Demand]) -> None:
+        """What the open pass takes, for these demands and the model as it is now."""
         key = tuple(map(id, due))
         plan = self._plans.get(key)
         if plan is None:

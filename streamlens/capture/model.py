@@ -95,7 +95,7 @@ class ModelIndex:
         wrappers = _wrapper_paths(model)
         self.modules: MutableMapping[str, nn.Module] = weakref.WeakValueDictionary()
         self.entries: list[ParameterEntry] = []
-        self.uninitialized = False
+        self._lazy: list[UninitializedParameter] = []
         seen: set[int] = set()
         for path, module in model.named_modules():
             layer = clean_name(path, wrappers)
@@ -105,7 +105,7 @@ class ModelIndex:
                 if parameter is None:
                     continue
                 if isinstance(parameter, UninitializedParameter):
-                    self.uninitialized = True
+                    self._lazy.append(parameter)
                     continue
                 if id(parameter) in seen:
                     continue
@@ -131,6 +131,16 @@ class ModelIndex:
         bases = {id(e.copy.base): e.copy.base for e in self.entries if e.copy is not None}
         self._bases = [(base, base.data_ptr()) for base in bases.values()]
         self.order = {name: i for i, name in enumerate(self.modules)}
+
+    @property
+    def uninitialized(self) -> bool:
+        """Whether there were lazy parameters that had no shape yet."""
+        return bool(self._lazy)
+
+    @property
+    def ripe(self) -> bool:
+        """Whether some of these have one now."""
+        return any(not isinstance(parameter, UninitializedParameter) for parameter in self._lazy)
 
     def stale(self) -> bool:
         """Whether some parameter was replaced since the index was built."""

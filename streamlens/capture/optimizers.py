@@ -27,7 +27,7 @@ from streamlens.topics import Facet
 if TYPE_CHECKING:
     from streamlens.capture.model import ModelIndex, ParameterEntry
 
-__all__ = ["OptimizerInfo", "StepListener", "StepWatch", "step_watch"]
+__all__ = ["OptimizerInfo", "StepListener", "StepWatch", "step_watch", "steps_under_way"]
 
 _WRAPPER: Final = next(
     (
@@ -110,7 +110,7 @@ class StepWatch:
         with self._lock:
             if not self._handles or self._live():
                 return True
-            if self._frames():
+            if steps_under_way():
                 return False
             for handle in self._handles:
                 handle.remove()
@@ -123,7 +123,7 @@ class StepWatch:
         if torch.compiler.is_compiling():
             return None
         stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
-        if stack and self._frames() <= 1:
+        if stack and _steps_below(sys._getframe()) <= 1:
             # An earlier step raised, so that its hook for the end never ran.
             stack.clear()
         listeners = tuple(
@@ -155,15 +155,24 @@ class StepWatch:
         for listener in listeners:
             listener.after_step(optimizer)
 
-    @staticmethod
-    def _frames() -> int:
-        """How many optimizer steps are under way on this thread."""
-        frame: FrameType | None = sys._getframe(1)
-        count = 0
-        while frame is not None:
-            count += frame.f_code is _WRAPPER
-            frame = frame.f_back
-        return count
+
+def steps_under_way(thread: int | None = None) -> int:
+    """How many optimizer steps are running now, those within others included.
+
+    Args:
+        thread: On this thread only.
+    """
+    frames = sys._current_frames()
+    return sum(_steps_below(frame) for ident, frame in frames.items() if thread in (None, ident))
+
+
+def _steps_below(frame: FrameType | None) -> int:
+    """How many optimizer steps have led to a frame."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code is _WRAPPER
+        frame = frame.f_back
+    return count
 
 
 _watch: Final = StepWatch()

@@ -62,14 +62,24 @@ class Ownership:
 
     def look(self, optimizer: Optimizer) -> bool:
         """Look at what an optimizer owns; whether that, or the model, has changed."""
-        info, index = self._info(optimizer), self._engine.index
-        if not info.refresh(index):
+        if self._engine.index.ripe:
+            self._engine.rebuild_index()
+        info = self._info(optimizer)
+        if not info.refresh(self._engine.index):
             return False
-        if info.unknown(index) and self._engine.outdated:
+        if info.unknown(self._engine.index) and self._engine.outdated:
             self._engine.rebuild_index()
             info.refresh(self._engine.index)
         self._share()
         return True
+
+    def look_again(self) -> bool:
+        """Look at every optimizer that owns something; whether one has been given more, or less."""
+        changed = False
+        for info in self.known:
+            optimizer = info.optimizer
+            changed |= optimizer is not None and self.look(optimizer)
+        return changed
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer that was looked at updates the model."""

@@ -42,6 +42,7 @@ class PassWatch:
         nested: Calls of the model by itself that are running.
         watches_passes: Whether anything of forward or backward is wanted.
         parts_needed: Whether updates come without the model itself being called.
+        thread: The thread of the last counted forward; 0 before it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -55,7 +56,7 @@ class PassWatch:
         self._last_counted = False
         self._late_output: Tensor | None = None
         self._grad_forward_seen = False
-        self._thread = 0
+        self.thread = 0
 
     def reset(self) -> None:
         """The demands have changed."""
@@ -72,7 +73,7 @@ class PassWatch:
 
     def elsewhere(self) -> bool:
         """Whether the forward that is running runs on another thread than this."""
-        return self.in_forward and threading.get_ident() != self._thread
+        return self.in_forward and threading.get_ident() != self.thread
 
     def abandoned(self, module: nn.Module) -> bool:
         """Whether the forward that seems to be running was interrupted, now that `module` is called.
@@ -115,7 +116,7 @@ class PassWatch:
             return
         self.outside = None
         self.nested = 0
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         clock = self._engine.clock
         if clock.updated:
             self._engine.close_step()
@@ -125,8 +126,9 @@ class PassWatch:
             self.in_forward = True
             self._engine.forward.opener = name
             return
-        if self._engine.index.uninitialized or (clock.passes & 63 == 0 and self._engine.index.stale()):
+        if self._engine.index.ripe or (clock.passes & 63 == 0 and self._engine.index.stale()):
             self._engine.rebuild_index()
+        self._engine.updates.look_again()
         if self._engine.forward.in_backward:
             # Within a backward no forward counts: that one raised, and its pass is over.
             self._engine.forward.in_backward = False
@@ -167,6 +169,10 @@ class PassWatch:
         else:
             for tensor in itertools.islice(tensors_in(output), _MOST_OUTPUTS):
                 self.watch_backward(tensor)
+        if self._engine.index.ripe:
+            # Lazy modules have taken shape in this forward; its backward will have their gradients.
+            self._engine.rebuild_index()
+            self._engine.forward.plan_again(self._engine.due_now)
         due = self._engine.due_now
         if not due or not self.watches_passes:
             return
@@ -191,7 +197,12 @@ class PassWatch:
 
     def loss_counts(self) -> bool:
         """Whether a watched loss that is computed now belongs to the open micro-step."""
-        return self._engine.clock.in_pass and self._last_counted and not self._engine.silent
+        return (
+            self._engine.clock.in_pass
+            and self._last_counted
+            and not self._engine.silent
+            and not self.elsewhere()
+        )
 
     # -- the backward ------------------------------------------------------------------------
 

@@ -126,6 +126,11 @@ class UpdateCapture:
     def _updates_due(self, step: int) -> bool:
         return any(demand.wants_updates and demand.view.due(step) for demand in self._engine.demands)
 
+    def look_again(self) -> None:
+        """A forward is about to begin: an optimizer may have been given the parameters of new modules."""
+        if self.owners.look_again():
+            self._parameters.reset()
+
     def pass_begins(self) -> None:
         """A counted forward begins. Where no optimizer is known, the next update may be by hand."""
         self.pace.pass_begins()
@@ -143,6 +148,7 @@ class UpdateCapture:
         engine = self._engine
         info = self.owners.get(optimizer)
         assert info is not None
+        engine.guard(engine.threads.update_begins)
         if engine.idle and getattr(optimizer, "found_inf", None) is None:
             self._call = None
             engine.guard(self.partners.update_begins, info, closure is not None)
@@ -238,6 +244,7 @@ class UpdateCapture:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer that owns parameters has updated them."""
+        self._engine.threads.update_ends()
         call, self._call = self._call, None
         info = self.owners.get(optimizer)
         if info is None:
