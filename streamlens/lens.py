@@ -145,6 +145,8 @@ class Lens(Stream):
         return wanted
 
     def _check_layers(self, view: View) -> None:
+        if self.engine.outdated:
+            self.engine.rebuild_index()
         if view.topics:
             self.engine.resolve(view)
         else:

@@ -14,25 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reactivex.subject import Subject
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import streamlens as sl
 from streamlens.frame import Frame
 from streamlens.reductions import Reduction
 from streamlens.topics import TOPICS
 from tests._runs import small_model
-
-
-class Operations(TorchDispatchMode):
-    """Every operation that PyTorch carries out, in order."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names = names
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+from tests.helpers.operations import Operations
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -287,6 +287,43 @@ def test_parameters_added_to_an_optimizer_later_have_updates_from_then_on() -> N
     ]
 
 
+def test_a_module_added_with_its_parameters_is_seen_in_every_topic_from_its_first_step() -> None:
+    model = cast("nn.Sequential", perceptron())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    topics = ("weights", "weight_updates", "weight_gradients", "activations", "layer_gradients")
+    with observed(model) as lens:
+        frames = {topic: record(lens, sl.norm(topic)) for topic in topics}
+        raw, chosen = (
+            record(lens, sl.norm("raw_gradients")),
+            record(lens, sl.layers(nn.Linear), sl.norm("biases")),
+        )
+        train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+        model.append(nn.Linear(3, 3))
+        optimizer.add_param_group({"params": model[5].parameters()})
+        truth = train_by_hand(model, optimizer, BATCHES[2:4], squared_error)
+    for topic, got in frames.items():
+        assert [f.step for f in got] == [0, 1, 2, 3], topic
+        assert ["5" in f for f in got] == [False, False, True, True], topic
+    assert ["5.weight" in f for f in raw] == [False, False, True, True]
+    expected = [norms(of_role(s.updates(), "weight")) for s in truth]
+    assert_steps_equal(frames["weight_updates"][2:], expected, steps=[2, 3], rtol=1e-5)
+    assert ["5" in f for f in chosen] == [False, False, True, True]
+
+
+def test_a_layer_that_was_added_can_be_selected_at_once() -> None:
+    model = cast("nn.Sequential", perceptron())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with observed(model) as lens:
+        record(lens, sl.norm("weights"))
+        train_by_hand(model, optimizer, BATCHES[:1], squared_error)
+        model.append(nn.Linear(3, 3))
+        optimizer.add_param_group({"params": model[5].parameters()})
+        updates = record(lens, sl.layers("5"), sl.norm("weight_updates"))
+        outputs = record(lens, sl.topic("activations"), sl.layers("5"))
+        train_by_hand(model, optimizer, BATCHES[1:2], squared_error)
+    assert layer_sets(updates) == layer_sets(outputs) == [("5",)]
+
+
 def test_a_layer_that_is_frozen_and_thawed_has_gradients_only_while_it_learns() -> None:
     model = perceptron()
     optimizer = optimizer_of(model, *LAYERS)

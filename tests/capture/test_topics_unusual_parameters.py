@@ -12,7 +12,15 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam, SparseAdam
 
 import streamlens as sl
-from tests.helpers.by_hand import HandStep, norms, regression, squared_error, train_by_hand
+from tests.helpers.by_hand import (
+    HandStep,
+    norms,
+    regression,
+    squared_error,
+    train_by_hand,
+    update_by_hand,
+)
+from tests.helpers.operations import Operations
 from tests.helpers.recording import assert_steps_equal, observed, record
 
 FULL = ("parameters", "parameter_gradients", "parameter_updates")
@@ -48,10 +56,25 @@ class Attentive(nn.Module):
         return out
 
 
+class Encoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        out: Tensor = self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+        return out
+
+
+IN_ENCODER = "encoder.layers.1.self_attn.in_proj_weight"
+
+
 @pytest.mark.parametrize(
     "make",
-    [lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU), Attentive],
-    ids=["lstm", "gru", "attention"],
+    [lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU), Attentive, Encoding],
+    ids=["lstm", "gru", "attention", "transformer"],
 )
 def test_recurrent_and_attention_parameters_come_under_their_full_names(
     make: Callable[[], nn.Module],
@@ -69,7 +92,9 @@ def test_recurrent_and_attention_parameters_come_under_their_full_names(
     for name in FULL:
         assert_steps_equal(raw[name], truth[name])
         assert_steps_equal(reduced[name], [norms(v) for v in truth[name]], rtol=2e-6)
-    assert {"cell.weight_ih_l1_reverse", "attention.in_proj_weight"} & set(raw["parameters"][0])
+    names = set(raw["parameters"][0])
+    assert {"cell.weight_ih_l1_reverse", "attention.in_proj_weight", IN_ENCODER} & names
+    assert names == {name for name, _ in model.named_parameters()}
     assert len(activations) == 3
 
 
@@ -245,6 +270,83 @@ def test_lazy_modules_are_known_from_their_first_step() -> None:
     assert [f.layers for f in weights] == [("0", "2")] * 3
     assert [f.layers for f in updates] == [("0", "2")] * 3
     assert weights[-1]["2"].item() == pytest.approx(float(model.get_parameter("2.weight").detach().norm()))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_lazy_modules_are_observed_from_their_very_first_forward(given: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3), nn.Identity())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = regression(1, 3, (6, 5))
+    steps: list[HandStep] = []
+    with observed(model, optimizers=[optimizer] if given else None) as lens:
+        raw = {topic: record(lens, sl.topic(topic)) for topic in (*FULL, "raw_gradients")}
+        chosen = record(lens, sl.layers("2"), sl.norm("weight_updates"))
+        outputs, backward = record(lens, sl.norm("activations")), record(lens, sl.norm("layer_gradients"))
+        # Its parameters have no shape yet, so that the loop cannot take them down beforehand.
+        squared_error(model, batches[0]).backward()
+        steps.append(update_by_hand(model, optimizer))
+        optimizer.zero_grad()
+        steps += train_by_hand(model, optimizer, batches[1:], squared_error)
+    truth = truth_of(steps)
+    for topic in FULL:
+        assert_steps_equal(raw[topic], truth[topic])
+    assert_steps_equal(raw["raw_gradients"], truth["parameter_gradients"])
+    assert_steps_equal(chosen, [{"2": norms(u)["2.weight"]} for u in truth["parameter_updates"]], rtol=1e-5)
+    assert [f.layers for f in outputs] == [f.layers for f in backward] == [("0", "1", "2", "3")] * 3
+
+
+def test_a_lazy_module_that_is_never_called_is_waited_for_without_looking_at_the_model_again() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(5, 3), "spare": nn.LazyLinear(2)})
+    optimizer = SGD(model["used"].parameters(), lr=0.1)
+    with observed(model) as lens:
+        weights = record(lens, sl.norm("weights"))
+        index = lens.engine.index
+        for batch in regression(1, 3, (6, 5)):
+            squared_error(model["used"], batch).backward()
+            optimizer.step()
+        assert lens.engine.index is index
+    assert [f.layers for f in weights] == [("used",)] * 3
+
+
+def test_weight_normalisation_is_seen_as_the_parameters_that_it_has() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    batches = regression(1, 3, (6, 5))
+    truth = truth_of(train_by_hand(twin, Adam(twin.parameters(), lr=0.01), batches, squared_error))
+    with observed(model) as lens:
+        raw = {name: record(lens, sl.topic(name)) for name in FULL}
+        reduced = record(lens, sl.norm("parameter_updates"))
+        weights = record(lens, sl.norm("weights"))
+        train_by_hand(model, Adam(model.parameters(), lr=0.01), batches, squared_error)
+    for name in FULL:
+        assert_steps_equal(raw[name], truth[name])
+    assert_steps_equal(reduced, [norms(u) for u in truth["parameter_updates"]], rtol=1e-5)
+    assert {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"} < set(reduced[0])
+    assert [f.layers for f in weights] == [("2",)] * 3, "a computed weight is no parameter"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(("topic", "fast"), [("parameters", True), ("activations", False)])
+def test_evaluating_a_transformer_gives_the_same_bits_by_its_fast_path_or_without(
+    topic: str, fast: bool
+) -> None:
+    """PyTorch leaves the fast path of a layer that has hooks, which only activations need."""
+    torch.manual_seed(0)
+    model = Encoding().eval()
+    x, padding = torch.randn(3, 5, 4), torch.arange(5) > torch.tensor([[1], [3], [4]])
+    before: list[str] = []
+    during: list[str] = []
+    with torch.no_grad(), Operations(before):
+        expected = model(x, padding)
+    with observed(model) as lens:
+        record(lens, sl.norm(topic))
+        with torch.no_grad(), Operations(during):
+            assert torch.equal(model(x, padding), expected)
+    name = "aten._transformer_encoder_layer_fwd.default"
+    assert name in before
+    assert (name in during) is fast
 
 
 def test_observing_does_not_advance_the_vectors_of_spectral_normalisation() -> None:
