@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamlens.capture.interned import MOST_SETS
 from streamlens.reductions import (
+    FunctionReduction,
     Reduction,
     Statistic,
     columns,
@@ -167,6 +168,8 @@ class Table:
             except Exception:
                 # One bad layer must not cost the others their values: they are taken one by one below.
                 self._blocks = [block for block in self._blocks if block.keys is not keys]
+        if len(tensors) > 1 and needs.others:
+            needs = Needs(needs.statistics, self._apply_to_all(keys, tensors, needs.others))
         for key, tensor in zip(keys, tensors, strict=True):
             self.measure(key, tensor, needs, on_error)
 
@@ -181,6 +184,24 @@ class Table:
                 self._results.setdefault(reduction, {})[key] = result
             except Exception as error:
                 on_error(key, error)
+
+    def _apply_to_all(
+        self, keys: Keys, tensors: Sequence[Tensor], reductions: Sequence[Reduction]
+    ) -> tuple[Reduction, ...]:
+        """Compute reductions for many layers at once; gives those that have to go layer by layer."""
+        left: list[Reduction] = []
+        for reduction in reductions:
+            if isinstance(reduction, FunctionReduction):
+                # It takes one tensor at a time, and must not be called twice should one of them fail.
+                left.append(reduction)
+                continue
+            try:
+                with torch.no_grad():
+                    rows = reduction.reduce(tensors)
+                self._results.setdefault(reduction, {}).update(zip(keys, rows, strict=True))
+            except Exception:
+                left.append(reduction)
+        return tuple(left)
 
     # -- reading -----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.ema import ema
 from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
+from streamlens.operators.quantiles import median, percentile_bands, quantiles
 from streamlens.operators.ratio import ratio, uw_ratio
 from streamlens.operators.scan import scan
 from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
@@ -46,12 +47,15 @@ __all__ = [
     "layers",
     "maximum",
     "mean",
+    "median",
     "minimum",
     "nonfinite",
     "norm",
     "per_epoch",
     "per_layer",
     "per_step",
+    "percentile_bands",
+    "quantiles",
     "ratio",
     "reduce",
     "rename",

@@ -9,6 +9,7 @@ Statistics of the parts of a tensor merge into those of the whole.
 from streamlens.reductions.elements import (
     CHUNK,
     TINY,
+    all_elements,
     chunks_of,
     flat_real,
     real_size,
@@ -16,7 +17,7 @@ from streamlens.reductions.elements import (
 from streamlens.reductions.merging import merge_statistics, statistics_to_merge
 from streamlens.reductions.pieces import accumulate, square_of, statistics_of
 from streamlens.reductions.protocol import FunctionReduction, Reduction, needed_statistics
-from streamlens.reductions.rows import row_statistics
+from streamlens.reductions.rows import double_where_known, row_statistics
 from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
 from streamlens.reductions.summaries import columns, summarise
 
@@ -29,8 +30,10 @@ __all__ = [
     "Statistic",
     "Statistics",
     "accumulate",
+    "all_elements",
     "chunks_of",
     "columns",
+    "double_where_known",
     "flat_real",
     "merge_statistics",
     "needed_statistics",

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "TINY", "chunks_of", "flat_real", "real_size"]
+__all__ = ["CHUNK", "TINY", "all_elements", "chunks_of", "flat_real", "real_size"]
 
 CHUNK: Final = 1 << 16
 """Elements handled at once on the CPU: 256 kB of float32, so that a pass of several operations over
@@ -36,6 +36,11 @@ def flat_real(tensor: Tensor) -> Tensor:
     # A permuted but dense tensor (channels_last) is one block of memory; order does not matter.
     order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d), reverse=True)
     return tensor.permute(order).reshape(-1)
+
+
+def all_elements(tensor: Tensor) -> Tensor:
+    """The same with the zeros that a sparse tensor does not hold."""
+    return flat_real(tensor if tensor.layout is torch.strided else tensor.to_dense())
 
 
 def real_size(tensor: Tensor) -> int:

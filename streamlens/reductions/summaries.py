@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamlens.reductions.elements import flat_real, real_size
+from streamlens.reductions.elements import all_elements, flat_real, real_size
 from streamlens.reductions.pieces import statistics_of
 from streamlens.reductions.rows import double_where_known, row_statistics
 from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
@@ -54,7 +54,7 @@ def summarise_on_device(
     Nothing is fetched: numbers that describe each tensor are stacked where the tensors are. Squares and
     other powers of single precision are summed in it, so that elements beyond 1e19 make them infinite.
     """
-    flats = [flat_real(t if t.layout is torch.strided else t.to_dense()) for t in tensors]
+    flats = [all_elements(t) for t in tensors]
     home = next((f.device for f in flats if f.device.type != "cpu"), flats[0].device)
     wide = double_where_known(home)
     table: dict[Statistic, Tensor] = {}
