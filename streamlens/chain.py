@@ -74,6 +74,11 @@ class Cell(Protocol):
         """Values that were skipped because they were NaN or infinite."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of it, for `explain()`."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
         ...

@@ -70,6 +70,8 @@ def _chain(engine: Engine, chain: Chain) -> Iterable[str]:
         lost.append(f"{skipped} NaN skipped")
     if lost:
         yield ", ".join(lost)
+    for cell in chain.cells:
+        yield from cell.notes
 
 
 def _asked(demand: Demand) -> str:

@@ -93,6 +93,7 @@ class Lens(Stream):
         every: int | None = None,
         between: tuple[int, int | None] | None = None,
         reduction: Reduction | None = None,
+        expected: bool | None = None,
     ) -> Lens:
         """A lens that asks for less.
 
@@ -102,6 +103,7 @@ class Lens(Stream):
             every: Keep only steps with `step % every == 0`.
             between: Keep only steps in `[start, stop)`.
             reduction: What becomes of each tensor where it is taken.
+            expected: Whether it is worth a report if nothing of a topic comes.
 
         Raises:
             UnknownTopicError: A topic that nothing provides.
@@ -121,6 +123,8 @@ class Lens(Stream):
             start, stop = between
             stops = [s for s in (view.stop, stop) if s is not None]
             view = replace(view, start=max(view.start, start), stop=min(stops) if stops else None)
+        if expected is not None:
+            view = replace(view, expected=expected)
         if reduction is not None:
             target = Lens(self.engine, self.session, view)
             target.check_subscribable()

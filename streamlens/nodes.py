@@ -36,6 +36,11 @@ class Node:
     skipped: int = 0
     running: bool = False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of it, for `explain()`."""
+        return ()
+
     def on_frame(self, frame: Frame) -> Emitted:
         """What one frame gives."""
         raise NotImplementedError

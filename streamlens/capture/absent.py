@@ -35,11 +35,13 @@ class Absent:
         engine = self._engine
         if engine.topics is self._settled:
             return
-        due = {topic for d in engine.demands if d.view.due(step) for topic in d.view.topics}
+        asked = (d.view for d in engine.demands if d.view.due(step) and d.view.expected)
+        due = {topic for view in asked for topic in view.topics}
         due &= self._awaited
         new = sorted(due - self._checked)
         self._checked |= due
-        if engine.topics <= self._checked:
+        expected = {topic for d in engine.demands if d.view.expected for topic in d.view.topics}
+        if expected <= self._checked:
             self._settled = engine.topics
         for topic in new:
             remedy = self._remedy(topic)

@@ -25,6 +25,7 @@ class View:
         start: The first step.
         stop: The step before which it ends, if any.
         reduction: What becomes of each tensor where it is taken.
+        expected: Whether it is worth a report if nothing of a topic comes.
     """
 
     topics: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class View:
     start: int = 0
     stop: int | None = None
     reduction: Reduction | None = None
+    expected: bool = True
 
     def due(self, step: int) -> bool:
         """Whether a frame of this step is wanted."""

@@ -109,6 +109,11 @@ class Burst:
                 self._tickets.clear()
                 self._streams.clear()
 
+    @property
+    def arrived(self) -> bool:
+        """Whether the copies are there, so that nobody would have to wait."""
+        return self.settled and all(event.query() for event in self._events)
+
     def wait(self) -> None:
         """Wait until the copies have arrived."""
         for event in self._events:

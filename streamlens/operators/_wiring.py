@@ -22,7 +22,7 @@ from streamlens.operators.selection import topic
 from streamlens.runtime import Runtime
 from streamlens.stream import Stream, as_stream
 
-__all__ = ["JoinSource", "joined"]
+__all__ = ["JoinSource", "Wiring", "joined", "subscribe_inputs"]
 
 JoinSource: TypeAlias = str | Observable[Frame] | Callable[[Any], Observable[Frame]]
 """An input of a join: a topic or an operator of the stream it is applied to, or another stream."""
@@ -178,20 +178,45 @@ def _subscribe(
 
         return on_completed
 
-    hub: Subject[Frame] = Subject()
-    start = _connect(wiring.shared, hub, group, scheduler)
-    token = _hub.set(hub)
-    try:
-        for i, stream in enumerate(wiring.inputs):
-            group.add(stream.subscribe(receive(i), observer.on_error, complete(i), scheduler=scheduler))
-    finally:
-        _hub.reset(token)
+    start = subscribe_inputs(wiring, group, receive, complete, observer.on_error, scheduler)
     # Last, so that every operator in front has acted on a mark before the join does.
     for marked in {id(s.runtime): s.runtime for s in wiring.inputs if s.lens is not None}.values():
         group.add(marked.on_mark(partial(join.on_mark_of, marked)))
     start()
     group.add(Disposable(lambda: setattr(join, "running", False)))
     return group
+
+
+def subscribe_inputs(
+    wiring: Wiring,
+    group: CompositeDisposable,
+    receive: Callable[[int], Callable[[Frame], None]],
+    complete: Callable[[int], Callable[[], None]],
+    on_error: Callable[[Exception], None],
+    scheduler: abc.SchedulerBase | None,
+) -> Callable[[], None]:
+    """Subscribe every input, and the stream in front once for all of them.
+
+    Args:
+        wiring: The inputs.
+        group: Takes what ends the subscriptions.
+        receive: Gives what receives the frames of an input, by its place.
+        complete: Gives what is called when an input ends.
+        on_error: Called when one fails.
+        scheduler: As for any subscription.
+
+    Returns:
+        What lets go of the frames that the stream in front gave meanwhile; to be called last.
+    """
+    hub: Subject[Frame] = Subject()
+    start = _connect(wiring.shared, hub, group, scheduler)
+    token = _hub.set(hub)
+    try:
+        for i, stream in enumerate(wiring.inputs):
+            group.add(stream.subscribe(receive(i), on_error, complete(i), scheduler=scheduler))
+    finally:
+        _hub.reset(token)
+    return start
 
 
 def _connect(

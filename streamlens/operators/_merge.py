@@ -1,0 +1,60 @@
+"""`merged`: the frames of several inputs as one stream, in the order in which they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from reactivex import Observable, abc
+from reactivex.disposable import CompositeDisposable
+
+from streamlens.frame import Frame, Kind
+from streamlens.operators._wiring import JoinSource, Wiring, subscribe_inputs
+from streamlens.stream import Stream, as_stream
+
+__all__ = ["merged"]
+
+
+def merged(source: Observable[Frame], sources: Sequence[JoinSource]) -> Stream:
+    """The frames of every input, each as it comes; nothing is held back.
+
+    It ends when every input has ended. Where the inputs are operators, the stream in front is
+    subscribed once for all of them; in the plan the result is that stream itself.
+
+    Args:
+        source: The stream in front.
+        sources: Operators to apply to it, or streams of their own; at least one.
+
+    Returns:
+        The stream.
+    """
+    wiring = Wiring(source, sources)
+
+    def subscribe(
+        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        group = CompositeDisposable()
+        running = set(range(len(wiring.inputs)))
+
+        def receive(_: int) -> Callable[[Frame], None]:
+            return observer.on_next
+
+        def complete(i: int) -> Callable[[], None]:
+            def on_completed() -> None:
+                running.discard(i)
+                if not running:
+                    observer.on_completed()
+
+            return on_completed
+
+        subscribe_inputs(wiring, group, receive, complete, observer.on_error, scheduler)()
+        return group
+
+    front = as_stream(source)
+    return Stream(
+        subscribe,
+        plan=front.plan,
+        runtime=front.runtime,
+        lens=front.lens,
+        kind=Kind.EVENT,
+        foreign=any(stream.foreign for stream in wiring.inputs),
+    )

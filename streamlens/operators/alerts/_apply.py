@@ -1,0 +1,102 @@
+"""`alerts_of`: rules applied to a Lens, where they ask for what they need, or to any other stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from reactivex import Observable
+
+from streamlens.errors import StreamlensError
+from streamlens.frame import Frame, Kind
+from streamlens.lens import Lens
+from streamlens.nodes import stateful
+from streamlens.operators._base import checked_source
+from streamlens.operators._merge import merged
+from streamlens.operators.alerts._inputs import Input, found_on, plain_ways
+from streamlens.operators.alerts._node import RulesNode
+from streamlens.operators.alerts._rule import Rule
+from streamlens.stream import Operator, Stream
+
+__all__ = ["alerts_of"]
+
+
+def alerts_of(
+    source: Observable[Frame], rules: Sequence[Rule], plan: str, *, lenient: bool = False
+) -> Stream:
+    """The alerts of some rules.
+
+    Args:
+        source: A Lens, or a stream that carries what the rules look at.
+        rules: The rules, each of another name.
+        plan: The operator as it shows in the plan.
+        lenient: Leave out rules that the Lens has nothing for, and say so in `explain()`.
+
+    Returns:
+        The stream of alerts.
+
+    Raises:
+        StreamlensError: The Lens has nothing for a rule (for any rule, where lenient).
+    """
+    left_out: dict[str, str] = {}
+    if isinstance(source, Lens) and source.view.reduction is None:
+        streams, left_out = _on_lens(source, rules, lenient=lenient)
+        rules = [rule for rule in rules if rule.name not in left_out]
+        if not rules:
+            raise StreamlensError(f"{plan}: {'; '.join(left_out.values())}")
+        front = merged(source, streams)
+    else:
+        entries = {entry.name: entry for rule in rules for entry in rule.inputs()}
+        ways: list[Operator] = [way for entry in entries.values() for way in plain_ways(entry)]
+        front = merged(checked_source(source), ways)
+    runtime = front.runtime
+    return stateful(
+        front, lambda: RulesNode(runtime, rules, left_out), plan, marks=True, kind=Kind.EVENT, raw=False
+    )
+
+
+def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[Stream], dict[str, str]]:
+    """The inputs' streams, each asked for once, and why rules have to be left out."""
+    asked: dict[str, _Asked] = {}
+    for rule in rules:
+        for entry in rule.inputs():
+            asked.setdefault(entry.name, _Asked(entry)).add(rule, entry, lenient=lenient)
+    found: dict[str, Stream] = {}
+    for name, wish in asked.items():
+        narrowed = lens.narrow(every=wish.every, expected=wish.needed and not lenient)
+        stream = found_on(narrowed, wish.entry, compute=wish.compute)
+        if stream is not None:
+            found[name] = stream
+    left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens))}
+    kept = {entry.name for rule in rules if rule.name not in left_out for entry in rule.inputs()}
+    return [stream for name, stream in found.items() if name in kept], left_out
+
+
+class _Asked:
+    """What all rules together want of one input."""
+
+    def __init__(self, entry: Input) -> None:
+        self.entry = entry
+        self.every = 0
+        self.needed = False
+        self.compute = False
+
+    def add(self, rule: Rule, entry: Input, *, lenient: bool) -> None:
+        """A rule wants it too."""
+        self.every = math.gcd(self.every, rule.cadence(entry))
+        self.needed = self.needed or entry.needed
+        self.compute = self.compute or rule.cheap or not lenient
+
+
+def _lacks(rule: Rule, found: dict[str, Stream], lens: Lens) -> str:
+    """What a rule cannot do without and lacks; empty if nothing."""
+    needed = [entry for entry in rule.inputs() if entry.needed]
+    missing = [entry for entry in needed if entry.name not in found]
+    if not missing or (rule.any_input and len(missing) < len(needed)):
+        return ""
+    what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)
+    remedies = dict.fromkeys(entry.remedy for entry in missing if entry.remedy)
+    selected = f" (it has {', '.join(lens.topics)})" if lens.topics else ""
+    return f"{rule.name} looks at {what}, which this lens cannot give{selected}" + "".join(
+        f": {remedy}" for remedy in remedies
+    )

@@ -1,0 +1,207 @@
+"""`Input`: what rules look at, and the ways in which a stream may have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from reactivex import Observable
+from torch import nn
+
+from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError
+from streamlens.frame import Frame
+from streamlens.lens import Lens
+from streamlens.nodes import frame_operator
+from streamlens.operators._merge import merged
+from streamlens.operators._units import DeadFraction, UnitSaturation
+from streamlens.operators.align import combine
+from streamlens.operators.per_step import per_step
+from streamlens.operators.ratio import divided, uw_ratio
+from streamlens.operators.selection import LayerPick, between, layers, topic
+from streamlens.operators.statistics import norm, reduction_operator, std
+from streamlens.stream import Operator, Stream
+
+__all__ = [
+    "ACTIVATION_NORMS",
+    "DEAD_SHARES",
+    "FIRST_ACTIVATION_STDS",
+    "FIRST_BACKWARD_NORMS",
+    "GRADIENT_NORMS",
+    "LEARNING_RATE",
+    "LOSS",
+    "SATURATED_SHARES",
+    "UPDATE_NORMS",
+    "UPDATE_RATIO",
+    "WEIGHT_NORMS",
+    "Input",
+    "found_on",
+    "plain_ways",
+]
+
+Build = Callable[[], Operator]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A topic that rules look at.
+
+    Attributes:
+        name: The topic of its frames, under which a stored or plain stream has it.
+        build: Makes the operator that computes it from what a run emits; None for a user's own topic.
+        parts: Two stored topics whose quotient it is, if it is one.
+        micro_steps: Whether it comes once a micro-step, to be averaged over the step.
+        needed: Whether a rule cannot do without.
+        remedy: What to do where a run lacks it.
+    """
+
+    name: str
+    build: Build | None = None
+    parts: tuple[str, str] | None = None
+    micro_steps: bool = False
+    needed: bool = True
+    remedy: str = ""
+
+
+def chained(*operators: Operator) -> Operator:
+    """Operators one after the other, as one."""
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        for operator in operators:
+            source = operator(source)
+        return source
+
+    return apply
+
+
+def named(name: str) -> Operator:
+    """Only the frames of a topic, whatever stream they are on."""
+
+    def apply(source: Observable[Frame]) -> Stream:
+        return frame_operator(
+            source, lambda frame: frame if frame.topic == name else None, f"topic({name!r})"
+        )
+
+    return apply
+
+
+GRADIENT_NORMS: Final = Input("weight_gradients.norm2", lambda: norm("weight_gradients"))
+WEIGHT_NORMS: Final = Input("weights.norm2", lambda: norm("weights"))
+UPDATE_NORMS: Final = Input("weight_updates.norm2", lambda: norm("weight_updates"))
+UPDATE_RATIO: Final = Input("uw_ratio", uw_ratio, ("weight_updates.norm2", "weights.norm2"))
+LEARNING_RATE: Final = Input("learning_rate", lambda: topic("learning_rate"), needed=False)
+LOSS: Final = Input(
+    "loss",
+    lambda: topic("loss"),
+    micro_steps=True,
+    remedy="pass observe(model, loss=criterion), or write criterion = lens.watch_loss(function)",
+)
+ACTIVATION_NORMS: Final = Input("activations.norm2", lambda: norm("activations"), micro_steps=True)
+FIRST_ACTIVATION_STDS: Final = Input(
+    "activations.std", lambda: chained(between(0, 1), std("activations")), micro_steps=True
+)
+FIRST_BACKWARD_NORMS: Final = Input(
+    "layer_gradients.norm2", lambda: chained(between(0, 1), norm("layer_gradients")), micro_steps=True
+)
+
+
+def _saturation() -> Operator:
+    """The saturation of bounded activations, but for the model's last layer, which is meant to be near."""
+    of_unit = reduction_operator(UnitSaturation(0.0, 1.0), "activations", "unit_saturation")
+    of_sign = reduction_operator(UnitSaturation(-1.0, 1.0), "activations", "unit_saturation")
+    ways = (
+        chained(layers(nn.Sigmoid, nn.Hardsigmoid), of_unit),
+        chained(layers(nn.Tanh, nn.Hardtanh, nn.Softsign), of_sign),
+    )
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        found: list[Observable[Frame]] = []
+        for way in ways:
+            with contextlib.suppress(LayerNotFoundError):
+                found.append(way(source))
+        if not found:
+            raise LayerNotFoundError("no nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh or nn.Softsign")
+        if not isinstance(source, Lens):
+            return merged(source, found)
+        last = list(source.module_classes())[-1]
+        return where_layers(merged(source, found), lambda name: name.partition("@")[0] != last)
+
+    return apply
+
+
+def where_layers(source: Observable[Frame], wanted: Callable[[str], bool]) -> Stream:
+    """Only some layers of each frame."""
+    return frame_operator(source, LayerPick(wanted), "layers()")
+
+
+DEAD_SHARES: Final = Input(
+    "activations.dead_fraction",
+    lambda: chained(
+        layers(nn.ReLU, nn.ReLU6, nn.Threshold),
+        reduction_operator(DeadFraction(), "activations", "dead_fraction"),
+    ),
+    micro_steps=True,
+    remedy="the model has no nn.ReLU modules, whose outputs it looks at",
+)
+SATURATED_SHARES: Final = Input(
+    "activations.unit_saturation",
+    _saturation,
+    micro_steps=True,
+    remedy="the model has no nn.Sigmoid or nn.Tanh modules, whose outputs it looks at",
+)
+
+
+def found_on(lens: Lens, entry: Input, *, compute: bool = True) -> Stream | None:
+    """An input's stream on a Lens; None where the Lens cannot have it.
+
+    Args:
+        lens: The Lens, narrowed to the rule's cadence.
+        entry: The input.
+        compute: Whether it may be computed, and not only selected by its name.
+    """
+    ways: list[Operator] = [topic(entry.name)]
+    if compute and entry.build is not None:
+        ways.insert(0, entry.build())
+    if entry.parts is not None:
+        ways.append(_quotient(entry, topic))
+    for way in ways:
+        try:
+            stream = way(lens)
+        except (UnknownTopicError, LayerNotFoundError):
+            continue
+        assert isinstance(stream, Stream)
+        return per_step()(stream) if entry.micro_steps else stream  # type: ignore[return-value]
+    return None
+
+
+def plain_ways(entry: Input) -> Sequence[Operator]:
+    """The operators that find an input in a stream of frames: as it is, from its parts, or from raw ones."""
+    found: list[Operator] = [named(entry.name)]
+    if entry.parts is not None:
+        found.append(_quotient(entry, named))
+    if entry.build is not None and entry.name not in TAKEN_AS_IT_IS:
+        found.append(_if_possible(entry.build))
+    return [chained(way, per_step()) if entry.micro_steps else way for way in found]
+
+
+TAKEN_AS_IT_IS: Final = frozenset({"loss", "learning_rate"})
+"""Topics that nothing has to be computed for."""
+
+
+def _quotient(entry: Input, select: Callable[[str], Operator]) -> Operator:
+    assert entry.parts is not None
+    above, below = entry.parts
+    return combine(select(above), select(below), fn=divided, name=entry.name)
+
+
+def _if_possible(build: Build) -> Operator:
+    """What `build` makes, or nothing where the stream cannot have it, as classes without a model."""
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        try:
+            return build()(source)
+        except StreamlensError:
+            return frame_operator(source, lambda _: None, "nothing")
+
+    return apply

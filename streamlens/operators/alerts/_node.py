@@ -1,0 +1,210 @@
+"""`RulesNode`: runs rules on the frames they look at, and turns what they find into alerts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from streamlens.chain import Mark
+from streamlens.delivery.transfer import Burst, Ticket, on_host
+from streamlens.errors import StreamlensError
+from streamlens.frame import Frame, Kind, to_numpy
+from streamlens.nodes import Emitted, Node
+from streamlens.operators.alerts._hysteresis import Hysteresis
+from streamlens.operators.alerts._rule import Judge, Look, Rule, Verdict
+from streamlens.runtime import Runtime
+
+__all__ = ["RulesNode"]
+
+
+class _Watch:
+    """One rule on one model: its memory, and which of its alerts are open."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.judge: Judge = rule.judge()
+        self.groups: dict[str, Hysteresis] = {}
+        self.since: dict[tuple[str, str], int] = {}
+
+    def take(self, frame: Frame, look: Look, skip: Callable[[int], None]) -> Iterator[Frame]:
+        """The alerts that a look starts and ends."""
+        for verdict in self.judge.look(look):
+            known = ~np.isnan(verdict.values) if verdict.known is None else verdict.known
+            skip(len(known) - int(known.sum()))
+            hysteresis = self.groups.get(verdict.group)
+            if hysteresis is None:
+                hysteresis = self.groups[verdict.group] = Hysteresis(*self.rule.start, self.rule.end)
+            starts, ends = hysteresis.look(verdict.layers, verdict.bad, known)
+            if starts.any():
+                yield self._alert(frame, verdict, np.flatnonzero(starts).tolist(), "start")
+            if ends.any():
+                yield self._alert(frame, verdict, np.flatnonzero(ends).tolist(), "end")
+
+    def _alert(self, frame: Frame, verdict: Verdict, index: list[int], state: str) -> Frame:
+        rule = self.rule
+        layers = tuple(verdict.layers[i] for i in index)
+        meta: dict[str, Any] = {
+            "rule": rule.name,
+            "severity": rule.severity,
+            "state": state,
+            "threshold": list(verdict.threshold)
+            if isinstance(verdict.threshold, tuple)
+            else verdict.threshold,
+            **verdict.meta,
+        }
+        if state == "start":
+            self.since.update({(verdict.group, layer): frame.step for layer in layers})
+            meta["text"] = f"{rule.meaning(verdict, index)}. {rule.advice}."
+        else:
+            since = min(self.since.pop((verdict.group, layer), frame.step) for layer in layers)
+            meta["since"] = since
+            what = f"{rule.name.replace('_', ' ')} since step {since}"
+            meta["text"] = f"Over: {what}, now {rule.named(verdict, index)}."
+        return Frame(
+            f"alerts.{rule.name}",
+            frame.step,
+            layers,
+            torch.from_numpy(verdict.values[index].copy()),
+            epoch=frame.epoch,
+            micro_step=frame.micro_step,
+            meta=meta,
+            kind=Kind.EVENT,
+            source=frame.source,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "judge": self.judge.state_dict(),
+            "groups": {name: hysteresis.state_dict() for name, hysteresis in self.groups.items()},
+            "since": [[group, layer, step] for (group, layer), step in self.since.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.judge.load_state_dict(state["judge"])
+        self.groups = {}
+        for name, saved in state["groups"].items():
+            self.groups[name] = Hysteresis(*self.rule.start, self.rule.end)
+            self.groups[name].load_state_dict(saved)
+        self.since = {(group, layer): step for group, layer, step in state["since"]}
+
+
+class RulesNode(Node):
+    """Runs rules on each frame that they look at; each model of a stream has a memory of its own.
+
+    Values on a device are copied to the host without waiting, and judged when they have arrived:
+    their alerts have the step of the values, and come a step or two later.
+
+    Args:
+        runtime: Where a failing rule is reported; the others go on.
+        rules: The rules.
+        left_out: Why rules were left out, for `explain()`.
+    """
+
+    def __init__(self, runtime: Runtime, rules: Sequence[Rule], left_out: Mapping[str, str]) -> None:
+        self._runtime = runtime
+        self._rules = rules
+        self._left_out = left_out
+        self._routes: dict[str, list[tuple[int, int]]] = {}
+        for i, rule in enumerate(rules):
+            for entry in rule.inputs():
+                self._routes.setdefault(entry.name, []).append((i, rule.cadence(entry)))
+        self._watches: dict[str, list[_Watch]] = {}
+        self._seen: dict[tuple[str, str], tuple[int, frozenset[str]]] = {}
+        self._arriving: deque[tuple[Burst, Ticket]] = deque()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Rules that were left out, and those that nothing has come for yet."""
+        notes = [f"left out {name}: {why}" for name, why in self._left_out.items()]
+        if self._runtime.step > 0:
+            came = {topic for _, topic in self._seen}
+            for rule in self._rules:
+                needed = [entry for entry in rule.inputs() if entry.needed]
+                if came.isdisjoint(entry.name for entry in needed) and came:
+                    what = " or ".join(repr(entry.name) for entry in needed)
+                    remedy = "".join(f": {entry.remedy}" for entry in needed[:1] if entry.remedy)
+                    notes.append(f"left out {rule.name}: no {what} has come{remedy}")
+        return tuple(notes)
+
+    def on_frame(self, frame: Frame) -> Emitted:
+        """The alerts that a frame starts and ends, and those of earlier ones that have arrived."""
+        if frame.topic not in self._routes or not frame.layers or self._is_repeated(frame):
+            return None
+        if not frame.stacked:
+            raise StreamlensError(f"{frame.topic!r} at step {frame.step} has no number a layer to judge")
+        if not self._arriving and on_host(frame):
+            return self._judge(frame)
+        burst = Burst()
+        ticket = burst.add(frame)
+        assert ticket is not None
+        burst.settle()
+        self._arriving.append((burst, ticket))
+        return self._arrived()
+
+    def on_mark(self, mark: Mark) -> Emitted:
+        """The alerts of what has arrived meanwhile."""
+        return self._arrived() if self._arriving else None
+
+    def on_completed(self) -> Emitted:
+        """The alerts of what is still on its way."""
+        return self._arrived(wait=True)
+
+    def _arrived(self, *, wait: bool = False) -> list[Frame]:
+        alerts: list[Frame] = []
+        while self._arriving and (wait or self._arriving[0][0].arrived):
+            alerts += self._judge(self._arriving.popleft()[1].take())
+        return alerts
+
+    def _is_repeated(self, frame: Frame) -> bool:
+        """Whether another way to the same topic has brought the same layers of this step already."""
+        key = (frame.source, frame.topic)
+        step, layers = self._seen.get(key, (-1, frozenset()))
+        if step != frame.step:
+            self._seen[key] = (frame.step, frozenset(frame.layers))
+            return False
+        if layers.issuperset(frame.layers) and frame.kind is not Kind.EVENT:
+            return True
+        self._seen[key] = (step, layers.union(frame.layers))
+        return False
+
+    def _judge(self, frame: Frame) -> list[Frame]:
+        values = to_numpy(cast("torch.Tensor", frame.values)).astype(np.float64)
+        look = Look(frame.topic, frame.step, frame.layers, values, frame.components)
+        watches = self._watches.get(frame.source)
+        if watches is None:
+            watches = self._watches[frame.source] = [_Watch(rule) for rule in self._rules]
+        alerts: list[Frame] = []
+        for i, every in self._routes[frame.topic]:
+            if frame.kind is not Kind.EVENT and frame.step % every:
+                continue
+            watch = watches[i]
+            try:
+                alerts += watch.take(frame, look, self._skip)
+            except Exception as error:
+                self._runtime.report(error, f"{watch.rule.describe()} on {frame.topic!r}")
+        return alerts
+
+    def _skip(self, number: int) -> None:
+        self.skipped += number
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each rule remembers of each model."""
+        return {
+            "sources": {
+                source: {watch.rule.name: watch.state_dict() for watch in watches}
+                for source, watches in self._watches.items()
+            }
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; a rule that is new starts afresh."""
+        self._watches = {}
+        for source, saved in state["sources"].items():
+            watches = self._watches[source] = [_Watch(rule) for rule in self._rules]
+            for watch in watches:
+                if watch.rule.name in saved:
+                    watch.load_state_dict(saved[watch.rule.name])

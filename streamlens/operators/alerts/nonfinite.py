@@ -1,0 +1,159 @@
+"""`nonfinite_values`: where NaN and infinities first appear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from streamlens.errors import did_you_mean
+from streamlens.operators.alerts._inputs import (
+    ACTIVATION_NORMS,
+    GRADIENT_NORMS,
+    LOSS,
+    WEIGHT_NORMS,
+    Input,
+)
+from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict
+
+__all__ = ["nonfinite_values"]
+
+_PHASES: Final[Mapping[str, Input]] = {
+    "forward": ACTIVATION_NORMS,
+    "loss": LOSS,
+    "backward": GRADIENT_NORMS,
+    "update": WEIGHT_NORMS,
+}
+"""The phases of a step in their order, and what tells of them."""
+
+_WHERE: Final = {
+    "forward": "the output of {}",
+    "loss": "the loss",
+    "backward": "the gradient of {}",
+    "update": "the weights of {}",
+}
+
+
+class _Nonfinite(Judge):
+    """Where they first appeared since everything was last finite."""
+
+    def __init__(self, phases: Sequence[str]) -> None:
+        self._phases = {_PHASES[phase].name: phase for phase in phases}
+        self._step = -1
+        self._found: tuple[str, str] | None = None
+        self._in_step = False
+
+    def look(self, look: Look) -> Iterable[Verdict]:
+        phase = self._phases.get(look.topic)
+        if phase is None:
+            return
+        if look.step != self._step:
+            if self._found is not None and not self._in_step and self._step >= 0:
+                yield self._verdict(bad=False)
+                self._found = None
+            self._step, self._in_step = look.step, False
+        values = look.values.reshape(len(look.layers), -1)
+        wrong = ~np.isfinite(values).all(axis=1)
+        if not wrong.any():
+            return
+        self._in_step = True
+        if self._found is None:
+            # Backwards a layer comes the sooner the later it stands in the model.
+            places = np.flatnonzero(wrong)
+            first = int(places[-1] if phase == "backward" else places[0])
+            self._found = (phase, look.layers[first])
+            yield self._verdict(bad=True, value=float(values[first][~np.isfinite(values[first])][0]))
+
+    def _verdict(self, *, bad: bool, value: float = 0.0) -> Verdict:
+        assert self._found is not None
+        phase, layer = self._found
+        known = np.array([True])
+        meta = {"phase": phase}
+        return Verdict((layer,), np.array([value]), np.array([bad]), 0.0, phase, meta, known)
+
+    def state_dict(self) -> dict[str, Any]:
+        found = None if self._found is None else list(self._found)
+        return {"step": self._step, "found": found, "in_step": self._in_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step, self._in_step = state["step"], state["in_step"]
+        self._found = None if state["found"] is None else (state["found"][0], state["found"][1])
+
+
+@dataclass(frozen=True)
+class _NonfiniteValues(Rule):
+    phases: tuple[str, ...] = ("forward", "loss", "backward")
+    every: int = 1
+    start: tuple[int, int] = (1, 1)
+    end: int = 1
+
+    name: ClassVar[str] = "nonfinite_values"
+    severity: ClassVar[Severity] = "critical"
+    any_input: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if not isinstance(self.phases, tuple) or not self.phases:
+            raise ValueError(f"nonfinite_values(phases={self.phases!r}): a tuple of {', '.join(_PHASES)}")
+        for phase in self.phases:
+            if phase not in _PHASES:
+                hint = did_you_mean(str(phase), _PHASES)
+                raise ValueError(
+                    f"nonfinite_values(phases=): no phase {phase!r}; {hint or 'known are'} "
+                    f"{', '.join(_PHASES)}"
+                )
+
+    def inputs(self) -> tuple[Input, ...]:
+        return tuple(_PHASES[phase] for phase in _PHASES if phase in self.phases)
+
+    def judge(self) -> Judge:
+        return _Nonfinite(self.phases)
+
+    def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
+        layer = verdict.layers[index[0]] or "the model"
+        where = _WHERE[verdict.group].format(layer)
+        return f"Values that are NaN or infinite appeared, first in {where} (phase: {verdict.group})"
+
+    @property
+    def advice(self) -> str:
+        return (
+            "Look at this step's batch and at divisions, logarithms, roots and exponentials there; "
+            "torch.autograd.detect_anomaly() names the operation, and a lower learning rate, clipped "
+            "gradients or a wider number format prevent overflows"
+        )
+
+
+def nonfinite_values(
+    *,
+    phases: tuple[str, ...] = ("forward", "loss", "backward"),
+    every: int = 1,
+    start: tuple[int, int] = (1, 1),
+    end: int = 1,
+) -> Rule:
+    """Alert where NaN or infinite values appear: at once, with the first layer and phase.
+
+    A step is followed through its phases in their order: `"forward"` (`activations.norm2`),
+    `"loss"`, `"backward"` (`weight_gradients.norm2`) and, where asked for, `"update"` (`weights.norm2`).
+    A norm is finite exactly if all elements are. The first layer is, in the model's order, the first
+    whose output (or weights) is not finite, and backwards the last whose gradient is not; what
+    follows from it is not told again. The alert ends with the first step in which everything is finite.
+
+    The topic is `alerts.nonfinite_values`; its value is the norm that was found, `meta["phase"]` the
+    phase. Cost: the norms of all outputs and of the gradients at each look; without `"update"`, weights
+    that an update spoilt show in the next forward. Overflows that GradScaler catches are no steps, and
+    are not told.
+
+    Args:
+        phases: The phases to look at.
+        every: Looks at steps divisible by this; the first layer is known only where that is 1.
+        start: `(n, m)`: an alert starts once n of the last m looks were bad.
+        end: It ends after as many good looks in a row.
+
+    Returns:
+        The rule, an operator for a Lens or for a stream with any of these topics.
+
+    Raises:
+        ValueError: A parameter out of range.
+    """
+    return _NonfiniteValues(phases=tuple(phases), every=every, start=start, end=end)
