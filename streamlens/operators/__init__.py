@@ -29,7 +29,9 @@ from streamlens.operators.quantiles import median, percentile_bands, quantiles
 from streamlens.operators.ratio import ratio, uw_ratio
 from streamlens.operators.scan import scan
 from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
+from streamlens.operators.singular_values import condition_number, effective_rank, singular_values
 from streamlens.operators.smooth import smooth
+from streamlens.operators.spectral_norm import spectral_norm, stable_rank
 from streamlens.operators.statistics import (
     absmax,
     kurtosis,
@@ -55,11 +57,13 @@ __all__ = [
     "align",
     "between",
     "combine",
+    "condition_number",
     "cosine",
     "dead_units",
     "diff",
     "distance_from_start",
     "diverging",
+    "effective_rank",
     "ema",
     "every",
     "exploding_gradients",
@@ -91,8 +95,11 @@ __all__ = [
     "rms",
     "saturated_units",
     "scan",
+    "singular_values",
     "skewness",
     "smooth",
+    "spectral_norm",
+    "stable_rank",
     "std",
     "topic",
     "total",

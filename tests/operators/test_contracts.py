@@ -24,9 +24,11 @@ from streamlens.operators import (
     align,
     between,
     combine,
+    condition_number,
     cosine,
     diff,
     distance_from_start,
+    effective_rank,
     ema,
     every,
     kurtosis,
@@ -47,8 +49,11 @@ from streamlens.operators import (
     rename,
     rms,
     scan,
+    singular_values,
     skewness,
     smooth,
+    spectral_norm,
+    stable_rank,
     std,
     topic,
     total,
@@ -68,10 +73,12 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "align": lambda: align("weights", "weight_updates"),
     "between": lambda: between(0),
     "combine": lambda: combine("weights", "weight_updates", fn=torch.add),
+    "condition_number": condition_number,
     "cosine": cosine,
     "diff": diff,
     "distance_from_start": lambda: distance_from_start("weights"),
     "ema": lambda: ema(0.5),
+    "effective_rank": effective_rank,
     "every": lambda: every(1),
     "kurtosis": kurtosis,
     "layers": lambda: layers("*"),
@@ -91,8 +98,11 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "rename": lambda: rename("y"),
     "rms": rms,
     "scan": lambda: scan(lambda total, item: total),
+    "singular_values": singular_values,
     "skewness": skewness,
     "smooth": lambda: smooth(1),
+    "spectral_norm": spectral_norm,
+    "stable_rank": stable_rank,
     "std": std,
     "topic": lambda: topic("weights", "weight_updates"),
     "total": total,
@@ -104,7 +114,15 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
 }
 
 # They say so where an operator in front has already made numbers of them.
-OF_TENSORS = {"cosine", "distance_from_start"}
+OF_TENSORS = {
+    "condition_number",
+    "cosine",
+    "distance_from_start",
+    "effective_rank",
+    "singular_values",
+    "spectral_norm",
+    "stable_rank",
+}
 
 every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
 
