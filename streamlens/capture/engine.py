@@ -224,7 +224,9 @@ class Engine(Source):
     def outdated(self) -> bool:
         """Whether the model has parameters that the index does not know."""
         model = self.model
-        return model is not None and any(id(p) not in self.index.by_id for p in model.parameters())
+        return model is not None and any(
+            id(p) not in self.index.by_id and not nn.parameter.is_lazy(p) for p in model.parameters()
+        )
 
     def expect(self, optimizers: Sequence[Optimizer], copies: Mapping[str, Copy]) -> None:
         """These optimizers make up a step, and hold copies in place of some parameters."""

@@ -36,6 +36,14 @@ class Kept:
         self.buffer.copy_(parameter.detach())
         self.accept(parameter)
 
+    def change(self, parameter: Tensor) -> Tensor:
+        """How much the parameter has changed, over the copy, which is one no longer."""
+        self.valid = False
+        value, wide = parameter.detach(), _wide(parameter.dtype)
+        if wide is None:
+            return torch.sub(value, self.buffer, out=self.buffer)
+        return value.to(wide) - self.buffer.to(wide)
+
     def accept(self, parameter: Tensor) -> None:
         """Note that the buffer holds the parameter's value."""
         self.valid = True
@@ -48,7 +56,7 @@ class Kept:
         """Cache-sized pieces of (parameter, buffer), both in memory order; None if they differ in layout."""
         if self._pieces is None or parameter.data_ptr() != self.address:
             value = parameter.detach()
-            if value.stride() != self.buffer.stride() or value.is_complex():
+            if value.stride() != self.buffer.stride() or value.is_complex() or _wide(value.dtype) is not None:
                 return None
             flat, kept = flat_real(value), flat_real(self.buffer)
             if flat.data_ptr() != value.data_ptr() or kept.data_ptr() != self.buffer.data_ptr():
@@ -56,3 +64,10 @@ class Kept:
             self.address = parameter.data_ptr()
             self._pieces = tuple(zip(chunks_of(flat), chunks_of(kept), strict=True))
         return self._pieces
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """The type in which a difference is taken where its own has no subtraction, or one that wraps around."""
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1):
+        return None
+    return torch.float64 if dtype.itemsize > 2 else torch.float32

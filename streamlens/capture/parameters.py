@@ -161,8 +161,10 @@ class ParameterCapture:
             on_cpu = kept.buffer.device.type == "cpu"
             pieces = kept.pieces(entry.tensor) if on_cpu and not plan.whole_updates else None
             if pieces is None:
-                kept.valid = False
-                whole[entry.order] = torch.sub(entry.tensor.detach(), kept.buffer, out=kept.buffer)
+                try:
+                    whole[entry.order] = kept.change(entry.tensor)
+                except Exception as error:
+                    self._on_error(entry.order, error)
                 continue
             wanted = value_needs.get(entry.order, Needs())
             if entry.order in done[Facet.VALUE]:

@@ -126,7 +126,10 @@ class PassWatch:
             self.in_forward = True
             self._engine.forward.opener = name
             return
-        if self._engine.index.ripe or (clock.passes & 63 == 0 and self._engine.index.stale()):
+        index = self._engine.index
+        # Parameters that were replaced have no hooks; all else of theirs is noticed at their update.
+        often = clock.passes & 63 == 0 or "raw_gradients" in self._engine.topics
+        if index.ripe or (often and index.stale()):
             self._engine.rebuild_index()
         self._engine.updates.look_again()
         if self._engine.forward.in_backward:

@@ -266,6 +266,22 @@ def test_loading_weights_between_steps_makes_no_giant_update() -> None:
     assert all(float(reduced[2][k]) == pytest.approx(float(v.norm()), rel=1e-5) for k, v in change.items())
 
 
+def test_parameters_that_were_replaced_are_followed_in_every_topic_from_the_next_step() -> None:
+    model = perceptron()
+    topics = ("parameter_updates", "parameter_gradients", "raw_gradients", "activations")
+    with observed(model) as lens:
+        frames = {topic: record(lens, sl.norm(topic)) for topic in topics}
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[:2], squared_error)
+        model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}, assign=True)
+        truth = train_by_hand(model, SGD(model.parameters(), lr=0.1), BATCHES[2:4], squared_error)
+    for topic, got in frames.items():
+        assert points(got) == [(k, 0) for k in range(4)], topic
+    for topic in ("parameter_gradients", "raw_gradients"):
+        assert_steps_equal(frames[topic][2:], [norms(s.gradients) for s in truth], steps=[2, 3], rtol=1e-5)
+    expected = [norms(s.updates()) for s in truth]
+    assert_steps_equal(frames["parameter_updates"][2:], expected, steps=[2, 3], rtol=1e-5)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_weights_between_forward_and_update_is_no_part_of_the_update(assign: bool) -> None:
     model, other = perceptron(), perceptron()

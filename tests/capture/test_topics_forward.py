@@ -194,6 +194,63 @@ def test_of_a_nested_output_the_first_tensor_with_a_gradient_is_taken(nesting: s
     assert_steps_equal(gradients, [{"nested": 2 * (expected - target) / expected.numel()}], rtol=1e-5)
 
 
+@dataclass
+class Outputs:
+    label: str
+    scores: Tensor
+    hidden: Tensor
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "tuple": (lambda s, h: (s, h), lambda o: o),
+    "dict": (
+        lambda s, h: {"scores": {"of": s}, "hidden": [h]},
+        lambda o: (o["scores"]["of"], o["hidden"][0]),
+    ),
+    "dataclass": (lambda s, h: Outputs("x", s, h), lambda o: (o.scores, o.hidden)),
+}
+
+
+class TwoHeaded(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.lower(x)
+        return self.wrap(self.upper(hidden), hidden)
+
+
+@pytest.mark.parametrize("nesting", OUTPUTS)
+def test_a_model_with_a_nested_output_and_losses_on_several_parts_is_seen_whole(nesting: str) -> None:
+    wrap, unwrap = OUTPUTS[nesting]
+    torch.manual_seed(0)
+    model = TwoHeaded(wrap)
+    twin = copy.deepcopy(model)
+    x, target = regression(1, 1, (6, 5))[0]
+    hidden = twin.lower(x)
+    scores = twin.upper(hidden)
+    total = nn.functional.mse_loss(scores, target) + 0.1 * hidden.square().mean()
+    expected = dict(zip(("lower", "upper"), torch.autograd.grad(total, [hidden, scores]), strict=True))
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with observed(model) as lens:
+        losses = lens.watch_loss(nn.functional.mse_loss), lens.watch_loss(lambda h: h.square().mean())
+        frames, made = record(lens, sl.topic("layer_gradients")), record(lens, sl.topic("network_output"))
+        parts, marks = record(lens, sl.topic("loss")), record(lens, sl.topic("batch_finished"))
+        for _ in range(2):
+            found, inner = unwrap(model(x))
+            values = losses[0](found, target), 0.1 * losses[1](inner)
+            (values[0] + values[1]).backward()
+            optimizer.step()
+    for frame in frames:
+        for layer, gradient in expected.items():
+            torch.testing.assert_close(frame[layer], gradient)
+    assert points(frames) == points(made) == points(marks) == points(parts) == [(0, 0), (1, 0)]
+    assert torch.equal(made[0][""], scores.detach())
+    assert parts[0][""].tolist() == pytest.approx([values[0].item(), values[1].item() / 0.1])
+
+
 def test_a_raw_activation_overwritten_in_place_is_reported_or_right_but_never_wrong() -> None:
     model, batches = perceptron(inplace=True), regression(1, 4, (6, 5))
     outputs, _ = layer_by_layer(perceptron(), batches, 0.1)
@@ -254,26 +311,37 @@ def test_a_residual_added_in_place_does_not_change_the_activation_seen() -> None
 
 
 class FrozenHalf(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, without_gradients: Callable[[], Any]) -> None:
         super().__init__()
         self.backbone = nn.Linear(5, 4)
         self.head = nn.Linear(4, 3)
+        self.without_gradients = without_gradients
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with self.without_gradients():
             hidden = self.backbone(x)
-        out: Tensor = self.head(hidden)
+        out: Tensor = self.head(hidden.clone())
         return out
 
 
-def test_a_part_under_no_grad_has_activations_and_no_layer_gradients() -> None:
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_part_without_gradients_has_activations_and_no_layer_gradients(
+    without_gradients: Callable[[], Any],
+) -> None:
     torch.manual_seed(0)
-    model = FrozenHalf()
+    model = FrozenHalf(without_gradients)
+    twin = copy.deepcopy(model)
+    batches = regression(1, 2, (6, 5))
+    truth = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), batches, squared_error)
     with observed(model) as lens:
         outputs, gradients = record(lens, sl.topic("activations")), record(lens, sl.topic("layer_gradients"))
-        train_by_hand(model, SGD(model.parameters(), lr=0.1), regression(1, 2, (6, 5)), squared_error)
-    assert layer_sets(outputs) == [("backbone", "head")] * 2
+        reduced, raw = record(lens, sl.norm("activations")), record(lens, sl.topic("raw_gradients"))
+        train_by_hand(model, SGD(model.parameters(), lr=0.1), batches, squared_error)
+    assert layer_sets(outputs) == layer_sets(reduced) == [("backbone", "head")] * 2
     assert layer_sets(gradients) == [("head",)] * 2
+    assert_steps_equal(raw, [s.gradients for s in truth])
+    for frame, (x, _) in zip(outputs, batches, strict=True):
+        assert torch.equal(frame["backbone"], twin.backbone(x))
 
 
 class Checkpointed(nn.Module):
@@ -287,6 +355,24 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.call(self.block, self.stem(x)))
         return out
+
+
+def test_a_wrapper_that_checkpoints_does_not_show_in_the_names() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3))
+    model = copy.deepcopy(plain)
+    model[1] = checkpoint_wrapper(model[1])
+    found: list[list[sl.Frame]] = []
+    for each in (plain, model):
+        with observed(each) as lens:
+            frames = [record(lens, sl.norm(t)) for t in ("parameters", "parameter_updates", "activations")]
+            frames.append(record(lens, sl.layers("1.*"), sl.norm("weights")))
+            train_by_hand(each, SGD(each.parameters(), lr=0.1), regression(1, 2, (6, 5)), squared_error)
+        found.append([frame for each in frames for frame in each])
+    assert [f.to_dict() for f in found[0]] == [f.to_dict() for f in found[1]]
+    assert found[0][-1].layers == ("1.0",)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

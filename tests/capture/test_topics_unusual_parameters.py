@@ -242,6 +242,47 @@ def test_complex_parameters_have_the_norm_of_their_moduli() -> None:
         assert_steps_equal(reduced[name], wanted, rtol=2e-6)
 
 
+INTEGERS = {
+    "int8": torch.tensor([-100, 100, 7], dtype=torch.int8),
+    "uint8": torch.tensor([200, 3, 7], dtype=torch.uint8),
+    "int64": torch.tensor([2**40, 3, 7]),
+    "bool": torch.tensor([True, False, True]),
+    "float8": torch.tensor([1.5, -3.0, 7.0]).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_quantised_parameters_change_by_what_they_change_and_cost_nobody_a_value(name: str) -> None:
+    """Their own arithmetic wraps around, or there is none."""
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(5, 3)
+            self.codes = nn.Parameter(INTEGERS[name].clone(), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(x)
+            return out
+
+    model = Quantised()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    before = model.codes.double()
+
+    def flip(*_: object) -> None:
+        with torch.no_grad():
+            model.codes.copy_(before.flip(0))
+
+    with observed(model) as lens:
+        raw, reduced = record(lens, sl.topic("parameter_updates")), record(lens, sl.norm("parameter_updates"))
+        optimizer.register_step_post_hook(flip)
+        train_by_hand(model, optimizer, regression(1, 1, (6, 5)), squared_error)
+    expected = model.codes.double() - before
+    assert torch.equal(raw[0]["codes"].double(), expected)
+    assert reduced[0]["codes"].item() == pytest.approx(expected.norm().item(), rel=1e-6)
+    assert set(reduced[0]) == {"codes", "head.weight", "head.bias"}
+
+
 def test_transposed_and_channels_last_parameters_are_measured_like_contiguous_ones() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 2 * 2, 3))
