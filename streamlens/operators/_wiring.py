@@ -12,6 +12,7 @@ from reactivex.disposable import CompositeDisposable, Disposable
 from reactivex.subject import Subject
 
 from streamlens.chain import MarkKind, current_chain
+from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
 from streamlens.nodes import average_micro_steps
@@ -70,6 +71,25 @@ class Wiring:
             return checked_source(topic(entry)(base))
         return checked_source(entry if isinstance(entry, Observable) else entry(base))
 
+    def check_distinct(self, operator: str, sources: Sequence[JoinSource]) -> None:
+        """Raise where two inputs are the same, so that their frames have one topic.
+
+        Raises:
+            StreamlensError: They are.
+        """
+        known: dict[object, int] = {}
+        for place, (entry, stream) in enumerate(zip(sources, self.inputs, strict=True)):
+            # The plan of a plain stream, or one with operators of other libraries, does not tell it.
+            vague = stream.foreign or (isinstance(entry, Observable) and stream.lens is None)
+            what = id(entry) if vague else (id(stream.runtime), stream.plan)
+            first = known.setdefault(what, place)
+            if first != place:
+                raise StreamlensError(
+                    f"{operator}(): inputs {first} and {place} are the same, {stream.plan_text}, and both "
+                    "would be read by one topic: leave one out, or give it a name of its own, "
+                    "lambda stream: stream.pipe(norm('weights'), rename('another'))"
+                )
+
     def join(self, runtime: Runtime, lateness: int) -> Join:
         """The state of a new subscription."""
         inputs = [
@@ -120,9 +140,25 @@ def joined(
     emit: Callable[[tuple[Frame, ...]], Any],
     operator: str,
     lateness: int,
+    *,
+    keyed: bool = False,
 ) -> Stream:
-    """The stream of what `emit` makes of the frames that belong together."""
+    """The stream of what `emit` makes of the frames that belong together.
+
+    Args:
+        source: The stream in front.
+        sources: The inputs.
+        emit: Makes a result of one frame an input.
+        operator: The operator's name, for its plan and for messages.
+        lateness: How many steps an input may reorder.
+        keyed: Whether inputs are told by their topics, so that two must not be the same.
+
+    Raises:
+        StreamlensError: An input cannot be joined, or is there twice.
+    """
     wiring = Wiring(source, sources)
+    if keyed:
+        wiring.check_distinct(operator, sources)
     late = f", allowed_lateness={lateness}" if lateness else ""
     plan = f"{operator}({', '.join(stream.plan_text for stream in wiring.inputs)}{late})"
     holder: list[Stream] = []

@@ -117,14 +117,14 @@ def align(*sources: JoinSource, allowed_lateness: int = 0) -> Operator:
         TypeError: Fewer than two inputs, or one that is none.
         ValueError: A negative lateness.
         StreamlensError: When applied: an input that cannot be joined, such as raw micro-step frames
-            with a parameter topic.
+            with a parameter topic, or one that is there twice.
     """
     _check("align", sources, allowed_lateness)
 
     def emit(frames: tuple[Frame, ...]) -> Any:
         return AlignedFrame(frames)
 
-    return lambda source: joined(source, sources, emit, "align", allowed_lateness)
+    return lambda source: joined(source, sources, emit, "align", allowed_lateness, keyed=True)
 
 
 def combine(

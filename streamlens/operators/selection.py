@@ -178,6 +178,9 @@ def every(n: int) -> Operator:
     On a Lens the steps between are not captured at all, and cadences combine to their least common
     multiple. Counting is by step and not by frame, so that chains with equal cadences meet.
 
+    On a plain Observable it has to follow the window before an operator of another library does, which
+    hides that its frames are windows; the streams of a Lens keep that in mind.
+
     Args:
         n: The cadence, at least 1.
 

@@ -14,7 +14,18 @@ from torch import nn
 from streamlens import observe
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind, Lease
-from streamlens.operators import AlignedFrame, align, combine, ema, every, norm, per_epoch, topic, window
+from streamlens.operators import (
+    AlignedFrame,
+    align,
+    combine,
+    ema,
+    every,
+    norm,
+    per_epoch,
+    rename,
+    topic,
+    window,
+)
 from streamlens.runtime import default_runtime
 from streamlens.stream import Stream
 from tests.operators.support import Run, chain_of, frame, ragged, saved_and_loaded
@@ -116,12 +127,52 @@ def test_an_aligned_frame_is_a_mapping_from_topic_to_frame() -> None:
 def test_two_inputs_of_one_topic_are_read_by_place() -> None:
     source: Subject[Frame] = Subject()
     out: list[Any] = []
-    source.pipe(align(topic("p"), "p")).subscribe(out.append)
+    source.pipe(align("p", lambda s: s.pipe(topic("p"), ops.map(lambda f: f)))).subscribe(out.append)
     source.on_next(frame(0, {"a": 1.0}, "p"))
     assert float(out[0][1]["a"]) == 1.0
     with pytest.raises(KeyError, match="by place"):
         out[0]["p"]
     source.on_completed()
+
+
+def same_twice(lens: Any) -> list[tuple[Any, ...]]:
+    stream = lens.pipe(norm("weights"))
+    mapped = lens.pipe(norm("weights"), ops.map(lambda f: f))
+    return [
+        (norm("weights"), norm("weights")),
+        ("loss", norm("weights"), topic("loss")),
+        (lambda s: s.pipe(norm("weights"), ema(0.9)),) * 2,
+        (stream, lens.pipe(norm("weights"))),
+        (mapped, mapped),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_one_input_twice_is_refused_with_the_remedy(case: int) -> None:
+    model = nn.Linear(2, 1)
+    with observe(model) as lens:
+        with pytest.raises(StreamlensError, match=r"inputs 0 and [12] are the same.*rename\("):
+            lens.pipe(align(*same_twice(lens)[case]))
+        for inputs in (
+            (norm("weights"), lambda s: s.pipe(norm("weights"), rename("again"))),
+            (norm("weights"), norm("weights", order=1)),
+            (norm("weights"), lambda s: s.pipe(norm("weights"), ema(0.9))),
+        ):
+            lens.pipe(align(*inputs))
+        lens.pipe(combine(norm("weights"), norm("weights"), fn=torch.mul, name="square"))
+
+
+def test_plain_streams_are_no_twins_because_they_look_alike() -> None:
+    first, second = Subject[Frame](), Subject[Frame]()
+    out: list[Any] = []
+    rx.never().pipe(align(first, second)).subscribe(out.append)
+    first.on_next(frame(0, {"a": 1.0}, "p"))
+    second.on_next(frame(0, {"a": 2.0}, "p"))
+    assert [float(out[0][i]["a"]) for i in range(2)] == [1.0, 2.0]
+    with pytest.raises(StreamlensError, match="are the same"):
+        rx.never().pipe(align(first, first))
+    first.on_completed()
+    second.on_completed()
 
 
 def test_the_models_own_frame_joins_every_layer() -> None:
