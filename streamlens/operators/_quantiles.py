@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamlens.reductions import Reduction, all_elements, double_where_known
+from streamlens.reductions import Reduction, all_elements, precise
 
 __all__ = ["Quantiles", "sample_positions"]
 
@@ -50,7 +50,7 @@ class Quantiles(Reduction):
 
     def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
         """The quantiles of each tensor, stacked; NaN where an element read is, or none is there."""
-        flats = [_precise(all_elements(tensor.detach())) for tensor in tensors]
+        flats = [precise(all_elements(tensor.detach())) for tensor in tensors]
         results: list[Tensor] = [torch.empty(0)] * len(flats)
         for group in _alike(flats):
             for i, row in zip(group, self._of([flats[i] for i in group]), strict=True):
@@ -74,14 +74,6 @@ class Quantiles(Reduction):
             if level in (0.0, 1.0):
                 found[:, i] = torch.stack([flat.amin() if level == 0.0 else flat.amax() for flat in flats])
         return found
-
-
-def _precise(flat: Tensor) -> Tensor:
-    """float32, or float64: of the values if they are, and for whole numbers that float32 does not know."""
-    if flat.dtype in (torch.float32, torch.float64):
-        return flat
-    small = flat.is_floating_point() or flat.element_size() <= 2
-    return flat.to(torch.float32 if small else double_where_known(flat.device))
 
 
 def _alike(flats: Sequence[Tensor]) -> list[list[int]]:

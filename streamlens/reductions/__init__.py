@@ -6,18 +6,21 @@ what is shared: the 2-norm, the root mean square and the mean of one tensor need
 Statistics of the parts of a tensor merge into those of the whole.
 """
 
+from streamlens.reductions.bins import Bins, bin_edges
 from streamlens.reductions.elements import (
     CHUNK,
     TINY,
     all_elements,
     chunks_of,
+    double_where_known,
     flat_real,
+    precise,
     real_size,
 )
 from streamlens.reductions.merging import merge_statistics, statistics_to_merge
 from streamlens.reductions.pieces import accumulate, square_of, statistics_of
 from streamlens.reductions.protocol import FunctionReduction, Reduction, needed_statistics
-from streamlens.reductions.rows import double_where_known, row_statistics
+from streamlens.reductions.rows import row_statistics
 from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
 from streamlens.reductions.summaries import columns, summarise
 
@@ -25,18 +28,21 @@ __all__ = [
     "CHUNK",
     "OF_MAGNITUDES",
     "TINY",
+    "Bins",
     "FunctionReduction",
     "Reduction",
     "Statistic",
     "Statistics",
     "accumulate",
     "all_elements",
+    "bin_edges",
     "chunks_of",
     "columns",
     "double_where_known",
     "flat_real",
     "merge_statistics",
     "needed_statistics",
+    "precise",
     "real_size",
     "row_statistics",
     "square_of",

@@ -7,7 +7,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "TINY", "all_elements", "chunks_of", "flat_real", "real_size"]
+__all__ = [
+    "CHUNK",
+    "TINY",
+    "all_elements",
+    "chunks_of",
+    "double_where_known",
+    "flat_real",
+    "precise",
+    "real_size",
+]
 
 CHUNK: Final = 1 << 16
 """Elements handled at once on the CPU: 256 kB of float32, so that a pass of several operations over
@@ -41,6 +50,19 @@ def flat_real(tensor: Tensor) -> Tensor:
 def all_elements(tensor: Tensor) -> Tensor:
     """The same with the zeros that a sparse tensor does not hold."""
     return flat_real(tensor if tensor.layout is torch.strided else tensor.to_dense())
+
+
+def double_where_known(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float64 if device.type in ("cuda", "cpu", "meta", "xpu") else torch.float32
+
+
+def precise(flat: Tensor) -> Tensor:
+    """float32, or float64: of the values if they are, and for whole numbers that float32 does not know."""
+    if flat.dtype in (torch.float32, torch.float64):
+        return flat
+    small = flat.is_floating_point() or flat.element_size() <= 2
+    return flat.to(torch.float32 if small else double_where_known(flat.device))
 
 
 def real_size(tensor: Tensor) -> int:

@@ -49,6 +49,17 @@ class Reduction:
         table, count = summarise(tensors, needs)
         return self.finish(table, count)
 
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """The value of a whole from the values of its parts, each `[layers, ...]`.
+
+        For a reduction that `reduce` computes. One that is finished from statistics merges by them:
+        see `merge_statistics`.
+
+        Raises:
+            TypeError: The values of parts do not determine that of the whole, as by default.
+        """
+        raise TypeError(f"{self.describe()} of a whole does not follow from that of its parts")
+
     def describe(self) -> str:
         """How the reduction shows in a plan."""
         return self.name

@@ -8,15 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from streamlens.reductions.elements import double_where_known
 from streamlens.reductions.merging import moved
 from streamlens.reductions.statistic import Statistic, Statistics
 
-__all__ = ["double_where_known", "row_statistics"]
-
-
-def double_where_known(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has none."""
-    return torch.float64 if device.type in ("cuda", "cpu", "meta", "xpu") else torch.float32
+__all__ = ["row_statistics"]
 
 
 def row_statistics(rows: Tensor, statistics: Sequence[Statistic]) -> Statistics:

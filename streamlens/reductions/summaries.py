@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamlens.reductions.elements import all_elements, flat_real, real_size
+from streamlens.reductions.elements import all_elements, double_where_known, flat_real, real_size
 from streamlens.reductions.pieces import statistics_of
-from streamlens.reductions.rows import double_where_known, row_statistics
+from streamlens.reductions.rows import row_statistics
 from streamlens.reductions.statistic import OF_MAGNITUDES, Statistic, Statistics
 
 __all__ = ["columns", "summarise", "summarise_on_device"]

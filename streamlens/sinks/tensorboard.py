@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 
 from streamlens.frame import Frame, to_numpy
+from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class TensorBoard(Sink):
 
     - A number a layer is a scalar under `topic/layer`; the model's own under `topic`. Named
       components are scalars under `topic/layer/component`. NaN and infinities are written as such.
+    - Counts in bins (the operator `histogram`) are a histogram with these bins; what lies beyond their
+      range is drawn as one more bin, as wide as its neighbour. Elements that are not finite are a
+      number under `topic/layer/non_finite`, where there are some.
     - Any other tensor is a histogram of its elements: 64 bins of equal width from the least to the
       greatest finite value (one bin where these are equal). Where there are NaN or infinite
       elements, their number is a scalar under `topic/layer/non_finite`.
@@ -115,7 +119,11 @@ class TensorBoard(Sink):
         text = frame.meta.get("text")
         if text is None and frame.stacked:
             array = _stacked(frame)
-            if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == len(frame.components)):
+            if array.ndim == 1 or (
+                array.ndim == 2
+                and array.shape[1] == len(frame.components)
+                and bin_edges(frame.components) is None
+            ):
                 return self._scalar_event(frame, array, wall_time)
         event = self._protos.Event(wall_time=wall_time, step=frame.step)
         for layer, value in zip(frame.layers, _arrays(frame), strict=True):
@@ -151,6 +159,10 @@ class TensorBoard(Sink):
         if value.ndim == 0:
             summary.value.add(tag=tag, simple_value=float(value))
         elif value.ndim == 1 and len(value) == len(frame.components):
+            edges = bin_edges(frame.components)
+            if edges is not None:
+                self._add_counts(summary, frame, layer, np.array(edges), value.astype(np.float64))
+                return
             for name, number in zip(frame.components, value.tolist(), strict=True):
                 summary.value.add(tag=_tag(frame.topic, layer, name), simple_value=number)
         else:
@@ -161,6 +173,33 @@ class TensorBoard(Sink):
             if finite.size < elements.size:
                 missing = elements.size - finite.size
                 summary.value.add(tag=_tag(frame.topic, layer, "non_finite"), simple_value=missing)
+
+    def _add_counts(
+        self, summary: Any, frame: Frame, layer: str, edges: NDArray[np.float64], counts: NDArray[np.float64]
+    ) -> None:
+        """Counts in bins: an interval a bin, but for both infinities and NaN."""
+        missing = float(counts[0] + counts[-2:].sum())
+        edges, counts = edges[1:-2].copy(), counts[1:-2]
+        # An interval without an end is drawn as wide as its neighbour.
+        edges[0, 0] = edges[0, 1] - np.diff(edges[1])[0]
+        edges[-1, 1] = edges[-1, 0] + np.diff(edges[-2])[0]
+        held = np.flatnonzero(counts > 0)
+        if held.size and np.isfinite(counts).all():
+            shown = slice(held[0], held[-1] + 1)
+            edges, counts = edges[shown], counts[shown]
+            middles = edges.mean(axis=1)
+            histogram = self._histogram(
+                min=edges[0, 0],
+                max=edges[-1, 1],
+                num=counts.sum(),
+                sum=np.dot(counts, middles),
+                sum_squares=np.dot(counts, middles**2),
+                bucket_limit=edges[:, 1].tolist(),
+                bucket=counts.tolist(),
+            )
+            summary.value.add(tag=_tag(frame.topic, layer), histo=histogram)
+        if missing > 0:
+            summary.value.add(tag=_tag(frame.topic, layer, "non_finite"), simple_value=missing)
 
     def _bins(self, elements: NDArray[np.float64]) -> Any:
         least, greatest = float(elements.min()), float(elements.max())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from streamlens.operators import (
     var,
     zero_fraction,
 )
+from streamlens.runs import RunWriter, read_run
 from streamlens.runtime import default_runtime
 from streamlens.stream import Operator
 from tests.operators.support import NUMBERS, frame, ragged, run, same
@@ -240,6 +242,18 @@ def test_on_a_lens_reductions_are_pushed_down_and_equal_the_tensors_own() -> Non
             wanted = {n.removesuffix(".weight"): oracle(as_array(w)) for n, w in weights.items()}
             (frame_of_it,) = [f for f in got if f.topic == f"weights.{name}"]
             assert frame_of_it.to_dict() == pytest.approx(wanted, rel=1e-5, abs=ABSOLUTE.get(name)), name
+
+
+def test_stored_frames_give_what_the_run_gave(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    frame_of_run = ragged(4, {"a": torch.randn(5, 3, generator=draw), "b": torch.randn(7, generator=draw)})
+    with RunWriter(tmp_path / "run.db", "a") as writer:
+        writer.write([frame_of_run])
+    with read_run(tmp_path / "run.db") as stored:
+        for name, (operator, _) in ORACLES.items():
+            (live,), (replayed,) = run(operator, [frame_of_run]), run(operator, stored.frames("x"))
+            assert (replayed.topic, replayed.step) == (live.topic, 4)
+            assert replayed.to_dict() == live.to_dict(), name
 
 
 def test_what_is_reduced_already_is_reduced_again_as_frames() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reactivex.subject import Subject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as reference_crc32c
@@ -21,6 +22,7 @@ from tensorboard.util import tensor_util
 
 from streamlens.delivery import Delivery
 from streamlens.frame import Frame
+from streamlens.operators import histogram
 from streamlens.sink import RunInfo
 from streamlens.sinks._event_file import EventFile, crc32c
 from streamlens.sinks.tensorboard import TensorBoard
@@ -257,3 +259,27 @@ def test_the_checksum_is_crc32c(size: int) -> None:
     assert crc32c(data) == reference_crc32c(data)
     assert crc32c(b"123456789") == 0xE3069283, "the check value of RFC 3720"
     assert struct.pack("<I", crc32c(bytes(32))) == bytes.fromhex("aa36918a")
+
+
+def test_counts_in_bins_are_a_histogram_with_these_bins(tmp_path: Path) -> None:
+    elements = torch.tensor([-9.0, 0.25, 0.5, 0.75, 1.0, 1.5, float("nan"), float("inf")])
+    counted: list[Frame] = []
+    source: Subject[Frame] = Subject()
+    source.pipe(histogram(bins=2, range=(0, 1))).subscribe(counted.append)
+    source.on_next(Frame("w", 3, ("a", "b"), (elements, torch.tensor([0.1]))))
+    events = written(tmp_path, *counted)
+    (event,) = events.Histograms("w.histogram/a")
+    shown = event.histogram_value
+    # What lies beyond the range is drawn as wide as the bin beside it.
+    assert (event.step, shown.min, shown.max, shown.num) == (3, -0.5, 1.5, 6)
+    assert (shown.bucket_limit, shown.bucket) == ([0, 0.5, 1, 1.5], [1, 1, 3, 1])
+    assert scalars(events, "w.histogram/a/non_finite") == [(3, 2.0)]
+    (other,) = events.Histograms("w.histogram/b")
+    assert (other.histogram_value.bucket_limit, other.histogram_value.bucket) == ([0.5], [1])
+    assert events.Tags()["scalars"] == ["w.histogram/a/non_finite"]
+
+
+def test_counts_of_nothing_finite_are_no_histogram(tmp_path: Path) -> None:
+    names = ("-inf", "(-inf,0)", "[0,1]", "(1,inf)", "inf", "nan")
+    frame = Frame("h", 0, ("a",), torch.tensor([[0.0, 0, 0, 0, 0, 4]]), components=names)
+    assert written(tmp_path, frame).Tags()["histograms"] == []
