@@ -23,6 +23,7 @@ from streamlens.operators.cosine import cosine
 from streamlens.operators.diff import diff
 from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.ema import ema
+from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
 from streamlens.operators.histogram import histogram
 from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
@@ -69,6 +70,7 @@ __all__ = [
     "every",
     "exploding_gradients",
     "health",
+    "hessian_eigenvalues",
     "histogram",
     "kurtosis",
     "layers",

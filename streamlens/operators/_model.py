@@ -96,6 +96,7 @@ def on_model(
     *,
     operator: str,
     model: nn.Module | None = None,
+    check: Callable[[nn.Module], None] | None = None,
 ) -> Stream:
     """Apply a metric of the model.
 
@@ -105,6 +106,7 @@ def on_model(
         plan: The operator as it shows in the plan.
         operator: The operator's name, for messages.
         model: The model, where the stream comes from no lens; held weakly.
+        check: Raises if the metric cannot be taken of the model, so that this shows when it is applied.
 
     Returns:
         The stream of its results.
@@ -120,6 +122,9 @@ def on_model(
         stream = stream.narrow(topics=("update_finished",))
     stream.check_subscribable()
     find = _finder(stream, operator, model)
+    found = find()
+    if check is not None and found is not None:
+        check(found)
     return stateful(stream, lambda: make(stream, find), plan, raw=False)
 
 

@@ -31,6 +31,7 @@ from streamlens.operators import (
     effective_rank,
     ema,
     every,
+    hessian_eigenvalues,
     histogram,
     kurtosis,
     layers,
@@ -68,6 +69,9 @@ from streamlens.runtime import default_runtime
 from streamlens.stream import Operator, Stream
 from tests.operators.support import chain_of, saved_and_loaded
 
+MODEL = torch.nn.Linear(2, 1)
+BATCH = (torch.ones(3, 2), torch.zeros(3, 1))
+
 OPERATORS: dict[str, Callable[[], Operator]] = {
     "absmax": absmax,
     "across_layers": across_layers,
@@ -81,6 +85,9 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "ema": lambda: ema(0.5),
     "effective_rank": effective_rank,
     "every": lambda: every(1),
+    "hessian_eigenvalues": lambda: hessian_eigenvalues(
+        1, loss=torch.nn.functional.mse_loss, batch=BATCH, model=MODEL
+    ),
     "histogram": histogram,
     "kurtosis": kurtosis,
     "layers": lambda: layers("*"),
