@@ -58,8 +58,8 @@ class StepListener(Protocol):
         ...
 
 
-_Entered: TypeAlias = tuple[int, tuple[StepListener, ...]]
-"""A step under way: the optimizer's id and the engines that were told."""
+_Entered: TypeAlias = tuple[int, tuple[StepListener, ...], RemovableHandle | None]
+"""A step under way: the optimizer's id, the engines that are told, and what is to be removed after it."""
 
 
 class StepWatch:
@@ -112,6 +112,7 @@ class StepWatch:
                 return True
             if steps_under_way():
                 return False
+            _leave(self._local.__dict__.get("stack", []))
             for handle in self._handles:
                 handle.remove()
             self._handles = []
@@ -125,35 +126,74 @@ class StepWatch:
         stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
         if stack and _steps_below(sys._getframe()) <= 1:
             # An earlier step raised, so that its hook for the end never ran.
-            stack.clear()
+            _leave(stack)
         listeners = tuple(
             listener
             for listener in self._live()
-            if listener.wants(optimizer) and not any(listener in told for _, told in stack)
+            if listener.wants(optimizer) and not any(listener in told for _, told, _ in stack)
         )
-        stack.append((id(optimizer), listeners))
-        if not listeners:
+        if listeners and self._others_follow(optimizer):
+            # They may clip the gradients or set the rate, and the optimizer consumes what they leave.
+            last = optimizer.register_step_pre_hook(_Once(listeners))
+            stack.append((id(optimizer), listeners, last))
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        replaced = closure if callable(closure) else None
-        for listener in listeners:
-            replaced = listener.before_step(optimizer, replaced) or replaced
-        if replaced is None or replaced is closure:
-            return None
-        if len(args) > 1:
-            return (args[0], replaced, *args[2:]), kwargs
-        return args, {**kwargs, "closure": replaced}
+        stack.append((id(optimizer), listeners, None))
+        return _tell(listeners, args, kwargs, optimizer) if listeners else None
+
+    def _others_follow(self, optimizer: Optimizer) -> bool:
+        """Whether hooks of others run after ours, before the update."""
+        everybodys = self._handles[0].hooks_dict_ref() if self._handles else None
+        return bool(optimizer._optimizer_step_pre_hooks) or len(everybodys or ()) > 1
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
-        if torch.compiler.is_compiling() or not any(entered == id(optimizer) for entered, _ in stack):
+        if torch.compiler.is_compiling() or not any(entered == id(optimizer) for entered, *_ in stack):
             return
         while True:
-            entered, listeners = stack.pop()
+            entered, listeners, last = stack.pop()
+            if last is not None:
+                last.remove()
             if entered == id(optimizer):
                 break
         for listener in listeners:
             listener.after_step(optimizer)
+
+
+class _Once:
+    """The last of an optimizer's own hooks before a step: tells the engines, and only of that step."""
+
+    def __init__(self, listeners: tuple[StepListener, ...]) -> None:
+        self._listeners = listeners
+
+    def __call__(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The optimizer's other hooks have run; within this step it may call itself again."""
+        listeners, self._listeners = self._listeners, ()
+        return _tell(listeners, args, kwargs, optimizer) if listeners else None
+
+
+def _tell(
+    listeners: tuple[StepListener, ...], args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: Optimizer
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tell engines of a step; gives new arguments for it if its closure is to be another one."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    replaced = closure if callable(closure) else None
+    for listener in listeners:
+        replaced = listener.before_step(optimizer, replaced) or replaced
+    if replaced is None or replaced is closure:
+        return None
+    if len(args) > 1:
+        return (args[0], replaced, *args[2:]), kwargs
+    return args, {**kwargs, "closure": replaced}
+
+
+def _leave(stack: list[_Entered]) -> None:
+    """Forget steps that have not come to their end."""
+    for _, _, last in stack:
+        if last is not None:
+            last.remove()
+    stack.clear()
 
 
 def steps_under_way(thread: int | None = None) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import streamlens as sl
 from tests.helpers.by_hand import (
@@ -21,6 +22,7 @@ from tests.helpers.by_hand import (
     snapshot,
     squared_error,
     train_by_hand,
+    update_by_hand,
 )
 from tests.helpers.recording import (
     assert_steps_equal,
@@ -59,6 +61,79 @@ def test_a_subclass_that_calls_its_base_steps_once() -> None:
         train_by_hand(model, Twice(model.parameters(), lr=0.1), BATCHES[:3], squared_error)
     assert_steps_equal(raw, [s.updates() for s in truth])
     assert_steps_equal(reduced, [norms(s.updates()) for s in truth], rtol=1e-5)
+
+
+@pytest.mark.parametrize("whose", ["its own", "everybody's"])
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("kind", [SGD, Twice])
+def test_gradients_and_rates_are_those_that_the_hooks_of_others_leave(
+    whose: str, made: str, kind: type[SGD]
+) -> None:
+    """A hook before the step may clip, or set the rate; PyTorch runs those of everybody first."""
+
+    def train(model: nn.Module, *, hand: bool, at: str = "") -> list[HandStep]:
+        optimizer = kind(model.parameters(), lr=0.1)
+
+        def prepare(which: Optimizer, *_: Any) -> None:
+            if which is optimizer:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** len(steps)
+
+        steps: list[HandStep] = []
+        handle = None
+        for batch in BATCHES[:3]:
+            squared_error(model, batch).backward()
+            if hand:
+                prepare(optimizer)
+            elif handle is None and at == "its own":
+                handle = optimizer.register_step_pre_hook(prepare)
+            elif handle is None:
+                handle = register_optimizer_step_pre_hook(prepare)
+            steps.append(update_by_hand(model, optimizer))
+            optimizer.zero_grad()
+        if handle is not None:
+            assert list(optimizer._optimizer_step_pre_hooks) == ([handle.id] if at == "its own" else [])
+            handle.remove()
+        return steps
+
+    truth = train(perceptron(), hand=True)
+    early = register_optimizer_step_pre_hook(lambda *_: None) if made == "before" else None
+    model = perceptron()
+    with observed(model) as lens:
+        gradients, rates = (
+            record(lens, sl.topic("parameter_gradients")),
+            record(lens, sl.topic("learning_rate")),
+        )
+        updates = record(lens, sl.norm("parameter_updates"))
+        train(model, hand=False, at=whose)
+    if early is not None:
+        early.remove()
+    assert_steps_equal(gradients, [s.gradients for s in truth])
+    assert_steps_equal(updates, [norms(s.updates()) for s in truth], rtol=1e-5)
+    assert [f["0"].item() for f in rates] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_a_hook_of_others_that_raises_leaves_none_of_ours_behind() -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def refuse(*_: Any) -> None:
+        raise FloatingPointError("refused")
+
+    with observed(model) as lens:
+        gradients = record(lens, sl.topic("parameter_gradients"))
+        handle = optimizer.register_step_pre_hook(refuse)
+        squared_error(model, BATCHES[0]).backward()
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        handle.remove()
+        truth = train_by_hand(model, optimizer, BATCHES[:2], squared_error)
+        optimizer.register_step_pre_hook(refuse)
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1, "the user's"
+    assert [f.step for f in gradients] == [0, 1]
+    assert torch.equal(gradients[1]["0.weight"], truth[1].gradients["0.weight"])
 
 
 class Fallible(SGD):
