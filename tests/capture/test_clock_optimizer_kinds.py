@@ -76,7 +76,7 @@ def test_gradients_and_rates_are_those_that_the_hooks_of_others_leave(
 
         def prepare(which: Optimizer, *_: Any) -> None:
             if which is optimizer:
-                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                nn.utils.clip_grad_value_(model.parameters(), 0.05)
                 optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** len(steps)
 
         steps: list[HandStep] = []
