@@ -1,6 +1,7 @@
 """Operators: streams of frames in, streams of frames out."""
 
 from streamlens.operators.across_layers import across_layers
+from streamlens.operators.adam_moments import adam_moments
 from streamlens.operators.alerts import (
     dead_units,
     diverging,
@@ -22,7 +23,10 @@ from streamlens.operators.align import AlignedFrame, align, combine
 from streamlens.operators.cosine import cosine
 from streamlens.operators.diff import diff
 from streamlens.operators.distance_from_start import distance_from_start
+from streamlens.operators.effective_lr import effective_lr
 from streamlens.operators.ema import ema
+from streamlens.operators.gradient_noise_scale import gradient_noise_scale
+from streamlens.operators.gradient_snr import gradient_snr
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
 from streamlens.operators.histogram import histogram
 from streamlens.operators.per_epoch import per_epoch
@@ -56,6 +60,7 @@ __all__ = [
     "AlignedFrame",
     "absmax",
     "across_layers",
+    "adam_moments",
     "align",
     "between",
     "combine",
@@ -65,10 +70,13 @@ __all__ = [
     "diff",
     "distance_from_start",
     "diverging",
+    "effective_lr",
     "effective_rank",
     "ema",
     "every",
     "exploding_gradients",
+    "gradient_noise_scale",
+    "gradient_snr",
     "health",
     "hessian_eigenvalues",
     "histogram",

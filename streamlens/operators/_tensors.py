@@ -9,14 +9,16 @@ from typing import Final, TypeAlias
 import torch
 from reactivex import Observable, abc
 from reactivex.disposable import CompositeDisposable, SerialDisposable
+from reactivex.subject import Subject
 from torch import Tensor
 
 from streamlens.errors import StreamlensError, did_you_mean
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.operators._base import check_topics, checked_source, widened
+from streamlens.operators._wiring import connect, hub_under_way, stand_in
 from streamlens.operators.selection import topic as select
-from streamlens.stream import Stream
+from streamlens.stream import Operator, Stream, as_stream
 from streamlens.topics import topic_spec
 
 __all__ = [
@@ -30,7 +32,7 @@ __all__ = [
     "dots",
     "first_step",
     "merged",
-    "of_topics",
+    "side_by_side",
     "tensors_of",
 ]
 
@@ -94,11 +96,6 @@ def _needs_tensors(operator: str, what: str) -> StreamlensError:
     )
 
 
-def of_topics(source: Observable[Frame], topics: Sequence[str], operator: str) -> Stream:
-    """A stream with the raw frames of several topics of one step."""
-    return tensors_of(select(*topics)(source), None, operator)
-
-
 def at_every_step(stream: Stream, history: int | None = None) -> tuple[Stream, Due, tuple[str, ...]]:
     """A lens without its cadence, for what needs the steps between those that are asked for.
 
@@ -145,6 +142,41 @@ def merged(streams: Sequence[Stream], plan: tuple[str, ...]) -> Stream:
     stream = streams[0].then(subscribe, "", raw=all(s.raw for s in streams))
     stream.plan = plan
     stream.kind = streams[0].kind if len({s.kind for s in streams}) == 1 else None
+    return stream
+
+
+def side_by_side(source: Observable[Frame], operators: Sequence[Operator], plan: str) -> Stream:
+    """The results of several operators of one source, which is subscribed once unless it is a lens.
+
+    Args:
+        source: What each operator is applied to.
+        operators: Two or more.
+        plan: How they show together.
+    """
+    front = source if isinstance(source, Lens) else checked_source(source)
+    shared = None if isinstance(front, Lens) else front
+    base = front if shared is None else stand_in(shared)
+    branches = [as_stream(operator(base)) for operator in operators]
+    result = merged(branches, (*front.plan, plan))
+    if shared is None:
+        return result
+
+    def subscribe(
+        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
+    ) -> abc.DisposableBase:
+        hub: Subject[Frame] = Subject()
+        group = CompositeDisposable()
+        start = connect(shared, hub, group, scheduler)
+        token = hub_under_way.set(hub)
+        try:
+            group.add(result.subscribe(observer, scheduler=scheduler))
+        finally:
+            hub_under_way.reset(token)
+        start()
+        return group
+
+    stream = front.then(subscribe, plan)
+    stream.kind = result.kind
     return stream
 
 

@@ -28,17 +28,17 @@ __all__ = ["JoinSource", "Wiring", "joined", "subscribe_inputs"]
 JoinSource: TypeAlias = str | Observable[Frame] | Callable[[Any], Observable[Frame]]
 """An input of a join: a topic or an operator of the stream it is applied to, or another stream."""
 
-_hub: Final[ContextVar[Subject[Frame] | None]] = ContextVar("streamlens_hub", default=None)
+hub_under_way: Final[ContextVar[Subject[Frame] | None]] = ContextVar("streamlenshub_under_way", default=None)
 """While a join subscribes: where the frames of the stream in front come from."""
 
 
-def _stand_in(source: Stream) -> Stream:
+def stand_in(source: Stream) -> Stream:
     """The stream in front, for the inputs of a join: subscribed once for all of them."""
 
     def subscribe(
         observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
     ) -> abc.DisposableBase:
-        hub = _hub.get()
+        hub = hub_under_way.get()
         return (source if hub is None else hub).subscribe(observer, scheduler=scheduler)
 
     stream = source.then(subscribe, "", raw=source.raw)
@@ -53,7 +53,7 @@ class Wiring:
         self.own_streams = own_streams = all(isinstance(s, Observable) for s in sources)
         self.front = source if isinstance(source, Lens) or own_streams else checked_source(source)
         self.shared = None if isinstance(self.front, Lens) or own_streams else as_stream(self.front)
-        base = self.front if self.shared is None else _stand_in(self.shared)
+        base = self.front if self.shared is None else stand_in(self.shared)
         inputs = [self._input(base, entry) for entry in sources]
         kinds = {stream.kind for stream in inputs}
         plain = all(stream.lens is None for stream in inputs)
@@ -245,17 +245,17 @@ def subscribe_inputs(
         What lets go of the frames that the stream in front gave meanwhile; to be called last.
     """
     hub: Subject[Frame] = Subject()
-    start = _connect(wiring.shared, hub, group, scheduler)
-    token = _hub.set(hub)
+    start = connect(wiring.shared, hub, group, scheduler)
+    token = hub_under_way.set(hub)
     try:
         for i, stream in enumerate(wiring.inputs):
             group.add(stream.subscribe(receive(i), on_error, complete(i), scheduler=scheduler))
     finally:
-        _hub.reset(token)
+        hub_under_way.reset(token)
     return start
 
 
-def _connect(
+def connect(
     shared: Stream | None,
     hub: Subject[Frame],
     group: CompositeDisposable,

@@ -21,6 +21,7 @@ from streamlens.nodes import Node, stateful
 from streamlens.operators import (
     absmax,
     across_layers,
+    adam_moments,
     align,
     between,
     combine,
@@ -28,9 +29,12 @@ from streamlens.operators import (
     cosine,
     diff,
     distance_from_start,
+    effective_lr,
     effective_rank,
     ema,
     every,
+    gradient_noise_scale,
+    gradient_snr,
     hessian_eigenvalues,
     histogram,
     kurtosis,
@@ -75,6 +79,7 @@ BATCH = (torch.ones(3, 2), torch.zeros(3, 1))
 OPERATORS: dict[str, Callable[[], Operator]] = {
     "absmax": absmax,
     "across_layers": across_layers,
+    "adam_moments": adam_moments,
     "align": lambda: align("weights", "weight_updates"),
     "between": lambda: between(0),
     "combine": lambda: combine("weights", "weight_updates", fn=torch.add),
@@ -82,9 +87,12 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "cosine": cosine,
     "diff": diff,
     "distance_from_start": lambda: distance_from_start("weights"),
+    "effective_lr": effective_lr,
     "ema": lambda: ema(0.5),
     "effective_rank": effective_rank,
     "every": lambda: every(1),
+    "gradient_noise_scale": lambda: gradient_noise_scale(batch_size=1),
+    "gradient_snr": gradient_snr,
     "hessian_eigenvalues": lambda: hessian_eigenvalues(
         1, loss=torch.nn.functional.mse_loss, batch=BATCH, model=MODEL
     ),
@@ -124,6 +132,10 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
 
 # They say so where an operator in front has already made numbers of them.
 OF_TENSORS = {
+    "adam_moments",
+    "effective_lr",
+    "gradient_noise_scale",
+    "gradient_snr",
     "condition_number",
     "cosine",
     "distance_from_start",
@@ -155,11 +167,11 @@ class Log(ObserverBase[Any]):
 
 
 def two(step: int) -> list[Frame]:
-    """Two topics of matrices, so that operators of numbers and of whole tensors can take them."""
+    """Topics of matrices, so that operators of numbers and of whole tensors can take them."""
     values = torch.tensor([[[1.0, 2.0], [3.0, 5.0]], [[2.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
-    return [
-        Frame(name, step, ("a", "b"), values + step, epoch=step) for name in ("weights", "weight_updates")
-    ]
+    topics = ("weights", "weight_updates", "weight_gradients", "raw_gradients")
+    frames = [Frame(name, step, ("a", "b"), values + step, epoch=step) for name in topics]
+    return [*frames, frames[-1].replace(micro_step=1, values=values * 3 + step)]
 
 
 def test_every_public_operator_is_held_to_these_contracts() -> None:
