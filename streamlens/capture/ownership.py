@@ -139,13 +139,19 @@ class Ownership:
     # -- strangers ---------------------------------------------------------------------------
 
     def stranger_steps(self, optimizer: Optimizer) -> None:
-        """An optimizer that owns nothing of the model steps, after a backward through the model."""
-        if not self._warned and not self.known:
+        """An optimizer that owns nothing of the model steps: for another one, or after a backward of ours."""
+        if self._warned or self.known:
+            return
+        clock = self._engine.clock
+        learning = [e.parameter for e in self._engine.index.entries if e.parameter.requires_grad]
+        # As many elements as the model has are most likely copies of its own.
+        alike = sum(t.numel() for t in held_by(optimizer)) == sum(p.numel() for p in learning)
+        if clock.counted and not clock.in_pass:
             self._stranger = type(optimizer).__name__
-            held = held_by(optimizer)
-            sizes = [e.parameter.numel() for e in self._engine.index.entries if e.parameter.requires_grad]
-            # As many elements as the model has are most likely copies of its own.
-            self._strange += _STRANGE if sum(t.numel() for t in held) == sum(sizes) else 1
+            self._strange += _STRANGE if alike else 1
+        elif alike and not clock.counted:
+            # The model itself may never be called.
+            self._engine.passes.watch_parts()
 
     def updated(self) -> None:
         """The model's update has been seen after all."""

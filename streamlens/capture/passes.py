@@ -252,12 +252,17 @@ class PassWatch:
 
     # -- updates without a forward -----------------------------------------------------------
 
-    def update_without_forward(self) -> None:
-        """An update came without a counted forward: watch the parts, and warn if that does not help."""
+    def watch_parts(self) -> None:
+        """From now on any part may be the outermost module that is called."""
         if not self.parts_needed:
             self.parts_needed = True
             self._engine.install()
-        elif self.parts_needed and not self._engine.counts["updates_without_forward"]:
+
+    def update_without_forward(self) -> None:
+        """An update came without a counted forward: watch the parts, and warn if that does not help."""
+        if not self.parts_needed:
+            self.watch_parts()
+        elif not self._engine.counts["updates_without_forward"]:
             self._engine.counts["updates_without_forward"] += 1
             hint = (
                 " A forward with gradients ran in eval mode: pass observe(model, count='grad') to count it."

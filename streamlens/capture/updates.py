@@ -83,8 +83,7 @@ class UpdateCapture:
         if self.owners.look(optimizer):
             self._parameters.reset()
         owns = self.owners.owns(optimizer)
-        clock = self._engine.clock
-        if not owns and clock.counted and not clock.in_pass and not self._engine.silent:
+        if not owns and not self._engine.idle and not self._engine.silent:
             self.owners.stranger_steps(optimizer)
         return owns
 
@@ -357,6 +356,7 @@ class UpdateCapture:
     def release(self) -> None:
         """The step closes: emit what still waited for other optimizers, or for copies to come back."""
         self._emit_waiting()
+        self.owners.warn_of_strangers()
         frames = self.partners.close_step()
         lease: Lease | None = None
         late = self._unowned.at_end(self.owners.owned()) if self._unowned.waiting else frozenset()

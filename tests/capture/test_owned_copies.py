@@ -429,12 +429,35 @@ def test_an_update_that_cannot_be_seen_is_warned_of_once_with_the_ways_out(
     loop = kind(perceptron(), SGD, lr=0.1)
     with observed(loop.model) as lens:
         updates = record(lens, sl.norm("parameter_updates"))
-        train(loop)
+        # One that has more elements than the model could be anybody's at first.
+        train(loop, BATCHES if kind is Flat else BATCHES[:1])
+        lens.close()
         assert lens.stats()["updates_unseen"] == 1
     assert updates == [], "never zeros"
     assert len(caplog.messages) == 1
     for part in ("Sequential", "SGD", "lens.step()", "optimizers=[", "owners={"):
         assert part in caplog.messages[0]
+
+
+def test_it_is_also_warned_of_where_the_model_itself_is_never_called(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Uncalled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = perceptron()
+
+    model = Uncalled()
+    loop = Masters(model, SGD, lr=0.1)
+    with observed(model) as lens:
+        record(lens, sl.norm("parameter_updates"))
+        for x, y in BATCHES:
+            nn.functional.mse_loss(model.body(x), y).backward()
+            loop.hand_over_gradients()
+            loop.optimizer.step()
+            loop.copy_back()
+    assert len(caplog.messages) == 1
+    assert "lens.step()" in caplog.messages[0]
 
 
 def test_a_loop_that_says_when_it_has_updated_is_right_and_not_warned_of(
