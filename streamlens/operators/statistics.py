@@ -4,11 +4,12 @@ On a Lens they are computed where the tensor is taken, once a step however many 
 of one tensor together. On any other stream they reduce the frames that come.
 
 Common to all: the input is any topic, of any shape; half precision is accumulated in float32 or
-wider; the result is float32, or float64 where the values are. Norms of a complex tensor are of the
-magnitudes of its elements; to the other statistics its elements are their real and imaginary parts.
-NaN and inf pass through, except where they are what is counted. The cost is one pass over the tensor
-for all that is asked of it together (on a device a few kernels each) and no wait for a GPU. All of
-them merge: over pieces that fit the cache, and over the shards of a distributed tensor.
+wider; the result is float32, or float64 where the values are. Sums and moments of float32 elements
+are good to 1e-5 of the sum of their terms' magnitudes, mostly to 1e-6. Norms and `absmax` of a complex
+tensor are of the magnitudes of its elements; to the other statistics its elements are their real and
+imaginary parts. NaN and inf pass through, except where they are what is counted. The cost is one pass
+over the tensor for all that is asked of it together (on a device a few kernels each) and no wait for a
+GPU. All of them merge over the parts of a tensor (`streamlens.reductions.merge_statistics`).
 """
 
 from __future__ import annotations

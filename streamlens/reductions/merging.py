@@ -11,12 +11,10 @@ from torch import Tensor
 
 from streamlens.reductions.statistic import Statistic, Statistics
 
-__all__ = ["ADDED", "merge_stacked", "merge_statistics", "moved", "statistics_to_merge"]
+__all__ = ["merge_statistics", "moved", "statistics_to_merge"]
 
 _SUM: Final = Statistic("sum")
-ADDED: Final = frozenset({"count", "sum", "sum_of_squares", "sum_of_powers", "nonzero", "nonfinite"})
-"""Statistics of parts that add up to that of the whole."""
-
+_ADDED: Final = frozenset({"count", "sum", "sum_of_squares", "sum_of_powers", "nonzero", "nonfinite"})
 _PICKED: Final = {"minimum": torch.amin, "maximum": torch.amax, "absmax": torch.amax}
 _NONE: Final = {"minimum": math.inf, "maximum": -math.inf, "absmax": -math.inf}
 
@@ -67,24 +65,11 @@ def merge_statistics(parts: Sequence[tuple[Statistics, Tensor]]) -> tuple[Statis
         return dict(first), count
     counts = torch.stack([n for _, n in parts])
     stacked = {s: torch.stack([part[s] for part, _ in parts]) for s in first}
-    return merge_stacked(stacked, counts), counts.sum(0)
-
-
-def merge_stacked(parts: Statistics, counts: Tensor) -> Statistics:
-    """The same for parts that are stacked: the first dimension is the part, the second the layer.
-
-    Args:
-        parts: Each statistic of all parts, with those that merging them needs.
-        counts: How many elements each part has.
-
-    Returns:
-        The statistics of the whole.
-    """
-    merged = {s: _merge(s, values, counts) for s, values in parts.items() if s.name != "centred"}
-    centred = {s: values for s, values in parts.items() if s.name == "centred"}
+    merged = {s: _merge(s, values, counts) for s, values in stacked.items() if s.name != "centred"}
+    centred = {s: values for s, values in stacked.items() if s.name == "centred"}
     if centred:
-        merged.update(_merge_centred(centred, parts[_SUM], counts))
-    return {s: merged[s] for s in parts}
+        merged.update(_merge_centred(centred, stacked[_SUM], counts))
+    return {s: merged[s] for s in first}, counts.sum(0)
 
 
 Number = TypeVar("Number", float, Tensor)
@@ -111,7 +96,7 @@ def moved(powers: Sequence[Number], distance: Number, k: int) -> Number:
 
 
 def _merge(statistic: Statistic, values: Tensor, counts: Tensor) -> Tensor:
-    if statistic.name in ADDED:
+    if statistic.name in _ADDED:
         return values.sum(0)
     if statistic.name not in _PICKED:
         raise ValueError(f"{statistic} does not merge")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor
 
 from streamlens.reductions.elements import CHUNK, TINY, chunks_of, flat_real
-from streamlens.reductions.merging import ADDED, merge_stacked, moved, statistics_to_merge
+from streamlens.reductions.merging import moved
 from streamlens.reductions.statistic import OF_MAGNITUDES, OF_VALUES, Statistic
 
 __all__ = ["accumulate", "square_of", "statistics_of"]
 
 _LONGEST: Final = 1 << 18
 """Elements summed in float32 at most, before sums go on in double precision."""
-
-_READ_ONCE: Final = frozenset({"sum", "sum_of_squares"})
 
 
 def statistics_of(tensor: Tensor, statistics: Sequence[Statistic]) -> list[float]:
@@ -40,22 +37,17 @@ def statistics_of(tensor: Tensor, statistics: Sequence[Statistic]) -> list[float
 
 def accumulate(pieces: Sequence[Tensor], statistics: Sequence[Statistic]) -> list[float]:
     """The statistics of one tensor on the CPU, given as flat pieces."""
-    if len(statistics) == 1 and statistics[0].name == "sum_of_squares":
+    if len(statistics) == 1 and statistics[0].name in _READ_ONCE:
+        read = _READ_ONCE[statistics[0].name]
         total = 0.0
         for piece in pieces:
-            total += square_of(piece)
+            total += read(piece)
         return [total]
-    wanted = statistics_to_merge(statistics) if len(pieces) > 1 else statistics
-    highest = int(max((s.order for s in wanted if s.name == "centred"), default=0))
-    rows = [[read.value(s) for s in wanted] for read in (_Piece(piece, highest) for piece in pieces)]
-    if len(rows) == 1:
-        return rows[0]
-    if all(s.name in ADDED for s in wanted):
-        return [sum(column) for column in zip(*rows, strict=True)]
-    table = torch.tensor(rows, dtype=torch.float64)
-    counts = torch.tensor([[float(p.numel())] for p in pieces], dtype=torch.float64)
-    merged = merge_stacked({s: table[:, i : i + 1] for i, s in enumerate(wanted)}, counts)
-    return [merged[s].item() for s in statistics]
+    reading = _Reading(statistics)
+    for piece in pieces:
+        if piece.numel():
+            reading.read(piece)
+    return [reading.value(s) for s in statistics]
 
 
 def square_of(piece: Tensor) -> float:
@@ -73,101 +65,133 @@ def _widen(piece: Tensor) -> Tensor:
     return piece if piece.dtype in (torch.float32, torch.float64) else piece.float()
 
 
-def _sum_of(wide: Tensor) -> float:
+def _sum_of(piece: Tensor) -> float:
+    wide = _widen(piece)
     total: float = wide.sum().item()
     # The sum of numbers in range may be out of it.
     return total if math.isfinite(total) else wide.sum(dtype=torch.float64).item()
 
 
-class _Piece:
-    """Some elements, and what has been read of them so far.
+_READ_ONCE: Final = {"sum": _sum_of, "sum_of_squares": square_of}
+"""What one operation gives."""
 
-    Args:
-        elements: Flat and real.
-        highest: The highest power of deviations that will be asked for.
+_EXTREMES: Final = frozenset({"minimum", "maximum", "absmax"})
+
+
+class _Reading:
+    """What has been read of a tensor so far, when several statistics are wanted of it.
+
+    Powers of deviations are summed about the mean of the first piece, and moved to that of the whole in
+    the end: one pass over memory, and no more than the spread of the pieces' means to lose by it.
     """
 
-    def __init__(self, elements: Tensor, highest: int) -> None:
-        self._elements = elements
-        self._count = elements.numel()
-        self._highest = highest
+    def __init__(self, statistics: Sequence[Statistic]) -> None:
+        self._highest = int(max((s.order for s in statistics if s.name == "centred"), default=0))
+        self._extreme = any(s.name in _EXTREMES for s in statistics)
+        self._summed = [
+            s
+            for s in statistics
+            if s.name not in _EXTREMES and s.name != "centred" and not (self._highest and s.name == "sum")
+        ]
+        self._sums = [0.0] * len(self._summed)
+        self._powers = [0.0] * (self._highest + 1)
+        self._centre: float | None = None
+        self._least, self._greatest = math.inf, -math.inf
+        self._count = 0
+
+    def read(self, piece: Tensor) -> None:
+        """Read some more elements, at least one."""
+        self._count += piece.numel()
+        wide = _widen(piece)
+        if self._highest:
+            self._read_powers(wide)
+        if self._extreme:
+            least, greatest = (end.item() for end in torch.aminmax(piece))
+            # Not a NaN that was found before; one found now compares as false.
+            self._least = self._least if self._least <= least or self._least != self._least else least
+            self._greatest = (
+                self._greatest if self._greatest >= greatest or self._greatest != self._greatest else greatest
+            )
+        for i, statistic in enumerate(self._summed):
+            self._sums[i] += _summed(piece, wide, statistic)
 
     def value(self, statistic: Statistic) -> float:
-        """One statistic of these elements."""
+        """A statistic of all that was read."""
         match statistic.name:
-            case "count":
-                return float(self._count)
-            case "sum":
-                return self._powers[1] if self._highest and self._count else self._sum
             case "centred":
-                return self._powers[int(statistic.order)] if self._count else math.nan
-            case "sum_of_squares":
-                return square_of(self._wide)
-            case "sum_of_powers" if statistic.order:
-                return float(self._wide.abs().double().pow_(statistic.order).sum().item())
-            case "sum_of_powers" | "nonzero":
-                return float(torch.count_nonzero(self._elements).item())
-            case "nonfinite":
-                # A finite sum has finite terms only, and is read much faster than a mask is made.
-                if math.isfinite(self._sum):
-                    return 0.0
-                return self._count - float(torch.isfinite(self._wide).sum().item())
-            case "minimum":
-                return self._extremes[0]
-            case "maximum":
-                return self._extremes[1]
-            case "absmax":
-                return max(-self._extremes[0], self._extremes[1])
-        raise ValueError(f"{statistic} is not known")
+                if not self._count:
+                    return math.nan
+                value = moved(self._powers, -self._powers[1] / self._count, int(statistic.order))
+                return 0.0 if statistic.order == 2 and value < 0 else value
+            case "sum" if self._highest:
+                return self._count * (self._centre or 0.0) + self._powers[1]
+            case "minimum" if self._count:
+                return float(self._least)
+            case "maximum" if self._count:
+                return float(self._greatest)
+            case "absmax" if self._count:
+                return float(max(-self._least, self._greatest))
+            case "minimum" | "maximum" | "absmax":
+                return math.nan
+        return self._sums[self._summed.index(statistic)]
 
-    @cached_property
-    def _powers(self) -> list[float]:
-        return _moments(self._wide, self._sum, self._highest)
-
-    @cached_property
-    def _wide(self) -> Tensor:
-        return _widen(self._elements)
-
-    @cached_property
-    def _sum(self) -> float:
-        return _sum_of(self._wide)
-
-    @cached_property
-    def _extremes(self) -> tuple[float, float]:
-        if not self._count:
-            return math.nan, math.nan
-        least, greatest = torch.aminmax(self._elements)
-        return float(least.item()), float(greatest.item())
-
-
-def _moments(wide: Tensor, total: float, order: int) -> list[float]:
-    """Count, sum, and sums of the second and higher powers of deviations from the mean, up to an order."""
-    count = wide.numel()
-    mean = total / count
-    if not math.isfinite(mean):
-        return [count, total, *([math.nan] * (order - 1))]
-    if wide.dtype == torch.float32:
-        # The number that is subtracted has to be one that float32 knows.
-        mean = float(np.float32(mean))
-    off = wide - mean
-    square = torch.dot(off, off).item()
-    if wide.dtype == torch.float32 and (square < TINY or square == math.inf):
-        # As for sums of squares: the deviation may be in range where its square is not.
-        off = wide.double() - mean
+    def _read_powers(self, wide: Tensor) -> None:
+        count, total = wide.numel(), math.nan
+        if self._centre is None:
+            total = _sum_of(wide)
+            self._centre = _known_to(wide.dtype, total / count)
+        off = wide - self._centre
         square = torch.dot(off, off).item()
-    rounding = 8 * torch.finfo(wide.dtype).eps * mean
-    if square <= count * rounding * rounding and wide.min() == wide.max():
-        # Equal elements deviate by the rounding of their mean only.
-        return [count, count * wide[0].item(), *([0.0] * (order - 1))]
-    rest = off.sum().item()
-    powers = [count, rest, square]
-    if order > 2:
-        # In units of their own size no power leaves the range.
-        unit = math.sqrt(square / count) or 1.0
-        off.div_(unit)
-        squares = off * off
-        powers.append(torch.dot(squares, off).item() * unit * unit * unit)
-        if order > 3:
-            powers.append(torch.dot(squares, squares).item() * unit * unit * unit * unit)
-    shift = -rest / count
-    return [count, count * mean + rest, *(moved(powers, shift, k) for k in range(2, order + 1))]
+        if wide.dtype == torch.float32 and (square < TINY or square == math.inf):
+            # As for sums of squares: the deviation may be in range where its square is not.
+            off = wide.double() - self._centre
+            square = torch.dot(off, off).item()
+        rounding = _ROUNDING[wide.dtype] * self._centre
+        if total == total and square <= count * rounding * rounding and wide.min() == wide.max():
+            # Equal elements deviate from the rounding of their mean only.
+            self._centre = wide[0].item()
+            off, square = off.zero_(), 0.0
+        # Where the mean is small it has lost nothing to rounding, and the deviations add up as it says.
+        small = self._centre * self._centre * count <= square
+        rest = total - count * self._centre if small else math.nan
+        parts = [count, rest if math.isfinite(rest) else off.sum().item(), square]
+        if self._highest > 2:
+            # In units of their own size no power leaves the range.
+            unit = math.sqrt(square / count) or 1.0
+            off.div_(unit)
+            squares = off * off
+            parts.append(torch.dot(squares, off).item() * unit * unit * unit)
+            parts.append(torch.dot(squares, squares).item() * unit * unit * unit * unit)
+        for k in range(self._highest + 1):
+            self._powers[k] += parts[k]
+
+
+_ROUNDING: Final = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def _known_to(dtype: torch.dtype, mean: float) -> float:
+    """A number to subtract that the type knows exactly; nothing where there is no mean."""
+    if not math.isfinite(mean):
+        return 0.0
+    return float(np.float32(mean)) if dtype == torch.float32 else mean
+
+
+def _summed(piece: Tensor, wide: Tensor, statistic: Statistic) -> float:
+    """A statistic of some elements that adds up over all."""
+    match statistic.name:
+        case "sum":
+            return _sum_of(wide)
+        case "sum_of_squares":
+            return square_of(wide)
+        case "count":
+            return float(piece.numel())
+        case "sum_of_powers" if statistic.order:
+            return float(wide.abs().double().pow_(statistic.order).sum().item())
+        case "sum_of_powers" | "nonzero":
+            return float(torch.count_nonzero(piece).item())
+        case "nonfinite":
+            # A finite sum has finite terms only, and is read much faster than a mask is made.
+            if math.isfinite(wide.sum().item()):
+                return 0.0
+            return piece.numel() - float(torch.isfinite(wide).sum().item())
+    raise ValueError(f"{statistic} is not known")

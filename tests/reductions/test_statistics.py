@@ -77,9 +77,29 @@ def test_rows_are_summarised_each_by_itself() -> None:
         assert values.tolist() == pytest.approx([oracle(row, statistic) for row in rows], rel=1e-9)
 
 
-def test_powers_that_leave_the_range_of_a_float_are_infinite_and_no_error() -> None:
+def test_powers_that_leave_the_range_of_a_float_are_not_finite_and_no_error() -> None:
     pieces = torch.tensor([1e150, -2e150, 0.0], dtype=torch.float64).split(2)
-    assert accumulate(pieces, (Statistic("centred", 2.0), Statistic("centred", 4.0)))[1] == math.inf
+    second, fourth = accumulate(pieces, (Statistic("centred", 2.0), Statistic("centred", 4.0)))
+    assert second == pytest.approx(14 / 3 * 1e300)
+    assert not math.isfinite(fourth)
+
+
+def test_a_first_piece_unlike_the_others_costs_no_precision() -> None:
+    draw = torch.Generator().manual_seed(4)
+    tensor = torch.cat([100 + torch.randn(CHUNK, generator=draw), torch.randn(3 * CHUNK, generator=draw)])
+    tensor[CHUNK - 3] = 1e4
+    for first in (tensor, tensor.flip(0)):
+        values = accumulate(chunks_of(first), tuple(Statistic("centred", float(k)) for k in (2, 3, 4)))
+        wanted = [oracle(first, Statistic("centred", float(k))) for k in (2, 3, 4)]
+        assert values == pytest.approx(wanted, rel=5e-5)
+
+
+def test_a_piece_that_is_not_finite_makes_all_deviations_nan_and_leaves_the_sum() -> None:
+    for place in (0, 5):
+        tensor = torch.arange(8.0)
+        tensor[place] = math.inf
+        total, deviations = accumulate(tensor.split(3), (Statistic("sum"), Statistic("centred", 2.0)))
+        assert (total, math.isnan(deviations)) == (math.inf, True)
 
 
 @pytest.mark.parametrize("name", ["float32", "half", "integer"])
