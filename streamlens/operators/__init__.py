@@ -28,6 +28,7 @@ from streamlens.operators.ema import ema
 from streamlens.operators.gradient_noise_scale import gradient_noise_scale
 from streamlens.operators.gradient_snr import gradient_snr
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
+from streamlens.operators.hessian_trace import hessian_trace
 from streamlens.operators.histogram import histogram
 from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
@@ -35,6 +36,7 @@ from streamlens.operators.quantiles import median, percentile_bands, quantiles
 from streamlens.operators.ratio import ratio, uw_ratio
 from streamlens.operators.scan import scan
 from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
+from streamlens.operators.sharpness import sharpness
 from streamlens.operators.singular_values import condition_number, effective_rank, singular_values
 from streamlens.operators.smooth import smooth
 from streamlens.operators.spectral_norm import spectral_norm, stable_rank
@@ -79,6 +81,7 @@ __all__ = [
     "gradient_snr",
     "health",
     "hessian_eigenvalues",
+    "hessian_trace",
     "histogram",
     "kurtosis",
     "layers",
@@ -107,6 +110,7 @@ __all__ = [
     "rms",
     "saturated_units",
     "scan",
+    "sharpness",
     "singular_values",
     "skewness",
     "smooth",

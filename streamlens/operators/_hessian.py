@@ -104,10 +104,11 @@ class LossSurface:
                 with repeatable(copied, self.seed):
                     value = loss(_called(copied, batch[0]), batch[1])
                 self._check(value)
-                found = torch.autograd.grad(
-                    value, chosen, create_graph=True, allow_unused=True, materialize_grads=True
-                )
-                return list(found)
+                found = torch.autograd.grad(value, chosen, create_graph=True, allow_unused=True)
+                if all(gradient is None for gradient in found):
+                    raise self._independent()
+                pairs = zip(found, chosen, strict=True)
+                return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
             chosen = [isolated.parameters[name] for name in names]
             weights = [_examples(batch) for batch in batches]
@@ -124,10 +125,14 @@ class LossSurface:
                 f"it gave {what}"
             )
         if not value.requires_grad:
-            raise StreamlensError(
-                f"{self.operator}(): the loss does not depend on the parameters: the model or the loss "
-                "detaches its result, or computes it without PyTorch"
-            )
+            raise self._independent()
+
+    def _independent(self) -> StreamlensError:
+        return StreamlensError(
+            f"{self.operator}(): the loss does not depend on the parameters: the model or the loss detaches "
+            "its result, computes it without PyTorch, or refers to a model by other means than its own "
+            "attributes, so that a copy of it does not reach its parameters"
+        )
 
 
 class Hessian:

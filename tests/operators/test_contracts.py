@@ -36,6 +36,7 @@ from streamlens.operators import (
     gradient_noise_scale,
     gradient_snr,
     hessian_eigenvalues,
+    hessian_trace,
     histogram,
     kurtosis,
     layers,
@@ -55,6 +56,7 @@ from streamlens.operators import (
     rename,
     rms,
     scan,
+    sharpness,
     singular_values,
     skewness,
     smooth,
@@ -96,6 +98,7 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "hessian_eigenvalues": lambda: hessian_eigenvalues(
         1, loss=torch.nn.functional.mse_loss, batch=BATCH, model=MODEL
     ),
+    "hessian_trace": lambda: hessian_trace(loss=torch.nn.functional.mse_loss, batch=BATCH, model=MODEL),
     "histogram": histogram,
     "kurtosis": kurtosis,
     "layers": lambda: layers("*"),
@@ -117,6 +120,7 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "scan": lambda: scan(lambda total, item: total),
     "singular_values": singular_values,
     "skewness": skewness,
+    "sharpness": lambda: sharpness(loss=torch.nn.functional.mse_loss, batch=BATCH, model=MODEL, lr=0.1),
     "smooth": lambda: smooth(1),
     "spectral_norm": spectral_norm,
     "stable_rank": stable_rank,

@@ -404,6 +404,8 @@ def test_a_detached_loss_is_an_error_that_says_so() -> None:
     model, batch = nn.Linear(6, 3), classification((6,))
     with pytest.raises(sl.StreamlensError, match="does not depend on the parameters"):
         taken(model, batch=batch, loss=lambda out, y: LOSS(out.detach(), y))
+    with pytest.raises(sl.StreamlensError, match="a copy of it does not reach its parameters"):
+        taken(model, batch=batch, loss=lambda out, y: LOSS(model(batch[0]), y))
 
 
 X, Y = classification((6,))
