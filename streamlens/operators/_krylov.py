@@ -96,15 +96,18 @@ class LargestSingularValues:
     def _round(self, operators: Mapping[str, _Operator]) -> tuple[Tensor, Tensor]:
         """One restart of every layer: its values, residuals, and the next block."""
         spaces = [_space(a, self._vectors[name], self._scales[name]) for name, a in operators.items()]
-        projected = torch.stack([image.mT.double() @ image.double() for _, image, _ in spaces])
+        projected = torch.stack([(image.mT @ image).double() for _, image, _ in spaces])
         squares, vectors = ritz(projected, _BLOCK)
+        values: list[Tensor] = []
         residuals: list[Tensor] = []
         for (name, a), (basis, _, back), square, chosen in zip(
             operators.items(), spaces, squares, vectors.unbind(0), strict=True
         ):
+            scale = self._scales[name].double()
+            values.append(square.sqrt() / scale)
             chosen = chosen.to(a.dtype)
             block = back @ chosen
-            below = (square * self._scales[name]).to(a.dtype)
+            below = (square / scale).to(a.dtype)
             below = torch.where(below > 0, below, torch.ones_like(below))
             residual = torch.linalg.vector_norm(block[:, 0] / below - basis @ chosen[:, 0])
             residuals.append(torch.where(square > 0, residual, square.to(residual) * 0))
@@ -112,7 +115,7 @@ class LargestSingularValues:
             kept = torch.where((square > 0) & square.isfinite(), block, self._vectors[name])
             fresh = torch.cat([kept[:, :-1], self._random(a, 1)], 1)
             self._vectors[name] = torch.linalg.qr(fresh)[0]
-        return squares.sqrt(), torch.stack(residuals)
+        return torch.stack(values), torch.stack(residuals)
 
     def state_dict(self) -> dict[str, Any]:
         """Vectors, and the generator that the next ones come from."""
@@ -142,8 +145,8 @@ class _Operator:
         largest = self._matrix.abs().amax()
         return torch.where(largest > 0, 1 / largest, torch.ones_like(largest))
 
-    def there_and_back(self, block: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """A X and A'(A X) times the scale, each piece of the matrix read once for both."""
+    def there_and_back(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """A X and A'A X, each piece of the matrix read once for both."""
         pieces = max(1, self._matrix.numel() // _PIECE) if self.device.type == "cpu" else 1
         images: list[Tensor] = []
         back = torch.zeros_like(block)
@@ -151,21 +154,22 @@ class _Operator:
             # Rows times a matrix run along its memory: faster than its transpose times columns.
             if self._wide:
                 image = (block.mT @ piece).mT
-                back += piece @ (image * scale)
+                back += piece @ image
             else:
                 image = piece @ block
-                back += ((image * scale).mT @ piece).mT
+                back += (image.mT @ piece).mT
             images.append(image)
         return torch.cat(images), back
 
 
 def _space(a: _Operator, start: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis of the Krylov space, its image, and A' of that (scaled)."""
-    image, back = a.there_and_back(start, scale)
-    block = back
-    for _ in range(2):
-        block = torch.linalg.qr(block - start @ (start.mT @ block))[0]
-    second, second_back = a.there_and_back(block, scale)
+    """A basis of the Krylov space, A times it, and A'A times it, the latter two times the scale."""
+    image, back = a.there_and_back(start * scale)
+    block = torch.linalg.qr(back - start @ (start.mT @ back))[0]
+    # What rounding left of the first block: where much has to go, the vectors become shorter than 1, and
+    # give less than they could, but never more than there is.
+    block = block - start @ (start.mT @ block)
+    second, second_back = a.there_and_back(block * scale)
     return torch.cat([start, block], 1), torch.cat([image, second], 1), torch.cat([back, second_back], 1)
 
 
