@@ -55,8 +55,7 @@ class GradientState(OperatorNode):
         if not frame.layers:
             return None
         now = {name: dense(gradient) for name, gradient in frame.items()}
-        for name, gradient in now.items():
-            self._fit(name, gradient)
+        self.fit(now)
         whole = {name: _is_finite(gradient) for name, gradient in now.items()}
         self.count_finite(
             torch.stack([finite.to(whole[frame.layers[0]].device) for finite in whole.values()])
@@ -68,11 +67,11 @@ class GradientState(OperatorNode):
             if good:
                 self.take(good, [now[name] for name in good])
         else:
-            self._take_where(now, whole)
+            self.take_where(now, whole)
         return self.results(frame) if self._due(frame.step) else None
 
-    def _take_where(self, now: Mapping[str, Tensor], finite: Mapping[str, Tensor]) -> None:
-        """Without asking the device which gradients are finite: what they changed is put back where not."""
+    def take_where(self, now: Mapping[str, Tensor], finite: Mapping[str, Tensor]) -> None:
+        """Without asking the device which gradients are finite: what others changed is put back."""
         names = tuple(now)
         before = {key: {n: held[n].clone() for n in names} for key, held in self.tensors.items()}
         for name in names:
@@ -82,17 +81,17 @@ class GradientState(OperatorNode):
             for name in names:
                 held[name].copy_(torch.where(finite[name], held[name], before[key][name]))
 
-    def _fit(self, name: str, gradient: Tensor) -> None:
-        held = next(iter(self.tensors.values())).get(name)
-        if held is not None and held.shape == gradient.shape and held.dtype is gradient.dtype:
-            if held.device == gradient.device:
-                return
-            for tensors in (*self.tensors.values(), self.taken):
-                tensors[name] = tensors[name].to(gradient.device)
-            return
-        for tensors in self.tensors.values():
-            tensors[name] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
-        self.taken[name] = torch.zeros((), dtype=torch.float32, device=gradient.device)
+    def fit(self, gradients: Mapping[str, Tensor]) -> None:
+        """Have tensors that these gradients fit: new ones for a layer that is new, or has another shape."""
+        for name, gradient in gradients.items():
+            held = next(iter(self.tensors.values())).get(name)
+            if held is None or held.shape != gradient.shape or held.dtype is not gradient.dtype:
+                for tensors in self.tensors.values():
+                    tensors[name] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+                self.taken[name] = torch.zeros((), dtype=torch.float32, device=gradient.device)
+            elif held.device != gradient.device:
+                for tensors in (*self.tensors.values(), self.taken):
+                    tensors[name] = tensors[name].to(gradient.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors, and how many gradients they have seen."""

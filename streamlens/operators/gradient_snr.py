@@ -30,9 +30,9 @@ def gradient_snr(decay: float = 0.9, *, of: str = "weights") -> Operator:
 
     The input is raw `weight_gradients`, which a Lens selects itself, of any shape; the value, topic
     `gradient_snr` (`gradient_snr.biases`, `gradient_snr.parameters`), has no unit, is at least 0, and comes
-    from a layer's second gradient on. Elements whose gradient has not varied (mostly because it is zero) are
-    left out; NaN where all are. A gradient with an element that is not finite is counted and left out as a
-    whole.
+    from a layer's second gradient on (on a GPU its first gives NaN). Elements whose gradient has not varied
+    (mostly because it is zero) are left out; NaN where all are. A gradient with an element that is not finite
+    is counted and left out as a whole.
 
     Every step's gradient is taken in: on a Lens a cadence in front of the operator, `every(10)`, only chooses
     the steps that are given; on another stream put it behind. The cost is two copies of the gradients' size

@@ -12,6 +12,7 @@ from streamlens import observe
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.operators import every, gradient_snr
+from streamlens.operators._gradients import GradientState
 from tests.helpers.by_hand import regression, squared_error
 from tests.operators.support import chain_of, ragged, resumed, run
 
@@ -76,6 +77,25 @@ def test_a_gradient_that_is_not_finite_is_left_out_whole_and_counted() -> None:
         source.on_next(frame)
     assert float(out[-1]["a"]) == pytest.approx(by_numpy(values, 0.9), rel=1e-4)
     assert sum(cell.skipped for cell in chain.cells) == 1
+
+
+def test_the_way_that_never_waits_for_a_device_gives_the_same() -> None:
+    source: Subject[Frame] = Subject()
+    first = chain_of(source.pipe(gradient_snr()), lambda _: None).cells[0]
+    assert isinstance(first, GradientState)
+    values = gradients(5)
+    values[2] = values[2] * math.nan
+    for value in values:
+        source.on_next(ragged(0, {"a": value}, "weight_gradients"))
+    by_branch = first.state_dict()
+    again: Subject[Frame] = Subject()
+    other = chain_of(again.pipe(gradient_snr()), lambda _: None).cells[0]
+    assert isinstance(other, GradientState)
+    other.fit({"a": values[0]})
+    for value in values:
+        other.take_where({"a": value}, {"a": value.isfinite().all()})
+    for key, held in other.state_dict().items():
+        assert torch.equal(held["a"], by_branch[key]["a"]), key
 
 
 def test_on_a_lens_every_gradient_counts_whatever_the_cadence() -> None:
