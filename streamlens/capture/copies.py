@@ -192,6 +192,9 @@ def resembles(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
     """Whether tensors hold the values of others, to rounding, in any order and layout, padded or not."""
     if not originals or sum(t.numel() for t in copies) < sum(t.numel() for t in originals):
         return False
+    if any(t.is_meta or hasattr(t, "to_local") for t in (*copies, *originals)):
+        # Nothing to compare, or a collective that the other ranks may not take part in.
+        return False
     total, square = _moments(originals)
     other_total, other_square = _moments(copies)
     precisions = [torch.finfo(t.dtype).eps for t in (*copies, *originals) if _is_inexact(t)]

@@ -537,6 +537,12 @@ def test_an_optimizer_of_a_model_of_equal_shapes_is_refused() -> None:
         sl.observe(model, optimizers=[Adam(other.parameters())])
 
 
+def test_an_optimizer_of_what_cannot_be_compared_is_refused_like_any_other() -> None:
+    model, other = perceptron().to("meta"), perceptron().to("meta")
+    with pytest.raises(sl.StreamlensError, match=r"SGD owns none"):
+        sl.observe(model, optimizers=[SGD(other.parameters(), lr=0.1)])
+
+
 def test_a_part_of_the_copies_is_none_unless_told_apart() -> None:
     loop = Masters(perceptron(), SGD, lr=0.1)
     shard = SGD([loop.copies["0.weight"]], lr=0.1)
