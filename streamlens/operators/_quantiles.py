@@ -57,7 +57,8 @@ class Quantiles(Reduction):
                 results[i] = row
         if not results:
             return torch.empty((0, len(self.levels)) if self.components else 0)
-        rows = torch.stack(results)
+        home = results[0].device
+        rows = torch.stack([row.to(home, non_blocking=True) for row in results])
         return rows if self.components else rows[:, 0]
 
     def _of(self, flats: Sequence[Tensor]) -> Tensor:

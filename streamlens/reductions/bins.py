@@ -7,17 +7,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamlens.reductions.elements import chunks_of
+from streamlens.reductions.elements import CHUNK, chunks_of, double_where_known
 
 __all__ = ["Bins", "bin_edges"]
 
 Edges = np.ndarray[Any, np.dtype[np.float32]]
+
+_ON_DEVICE: Final = 1 << 22
+"""Elements counted together on a device."""
 
 _BELOW, _ABOVE, _NAN = "-inf", "inf", "nan"
 
@@ -62,29 +65,46 @@ class Bins:
         """The names of all bins, ascending, such as `[0.5,1)`; those of infinities and NaN at the ends."""
         return _components(self)
 
-    def count(self, flat: Tensor) -> Tensor:
-        """How many elements lie in each bin.
+    def count(self, flats: Sequence[Tensor]) -> Tensor:
+        """How many elements of each tensor lie in each bin.
 
-        On the CPU a piece at a time while it is in the cache; elsewhere nothing is waited for.
+        On the CPU large tensors are read a piece at a time while it is in the cache, and small ones
+        together; elsewhere all that fit are taken together, and nothing is waited for.
 
         Args:
-            flat: Elements of single or double precision.
+            flats: Elements of single or double precision.
 
         Returns:
-            One number a component, in double precision where there is.
+            One row a tensor, one number a component, in double precision where there is.
         """
-        if flat.device.type == "cpu":
-            counts = torch.zeros(len(self.components), dtype=torch.int64)
-            for piece in chunks_of(flat):
-                finite = math.isfinite(piece.sum().item())
-                places = self._places(piece) if finite else self._places_of_all(piece)
-                counts += torch.bincount(places, minlength=len(counts))
-            return counts.double()
-        places = self._places_of_all(flat).long()
-        ones = torch.ones_like(places)
-        counts = torch.zeros(len(self.components), dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, places, ones)
-        return counts.to(torch.float32 if flat.device.type == "mps" else torch.float64)
+        counts: list[Tensor] = []
+        home = flats[0].device
+        for group in _groups(flats):
+            flat = group[0] if len(group) == 1 else torch.cat(list(group))
+            on_host = flat.device.type == "cpu"
+            if on_host and len(group) == 1:
+                found = sum(self._counted(piece, on_host=True) for piece in chunks_of(flat))
+            else:
+                found = self._counted(flat, [one.numel() for one in group], on_host=on_host)
+            counts.append(cast("Tensor", found).to(home, non_blocking=True))
+        return torch.cat(counts).to(double_where_known(home))
+
+    def _counted(self, flat: Tensor, sizes: Sequence[int] = (), *, on_host: bool) -> Tensor:
+        """Counts of tensors of some sizes that lie one behind the other; without sizes, of one."""
+        finite = on_host and math.isfinite(flat.sum().item())
+        places = self._places(flat) if finite else self._places_of_all(flat)
+        rows, width = max(1, len(sizes)), len(self.components)
+        if rows > 1:
+            starts, repeats = torch.arange(rows, dtype=torch.int32) * width, torch.tensor(sizes)
+            if flat.is_cuda:
+                starts, repeats = starts.pin_memory(), repeats.pin_memory()
+            starts, repeats = (t.to(flat.device, non_blocking=True) for t in (starts, repeats))
+            places += starts.repeat_interleave(repeats, output_size=flat.numel())
+        if on_host:
+            return torch.bincount(places, minlength=rows * width).view(rows, width)
+        counts = torch.zeros(rows * width, dtype=torch.int64, device=flat.device)
+        ones = torch.ones_like(places, dtype=torch.int64)
+        return counts.scatter_add_(0, places.long(), ones).view(rows, width)
 
     def _places_of_all(self, flat: Tensor) -> Tensor:
         """The bin of each element, whatever it is."""
@@ -107,6 +127,23 @@ class Bins:
             # From the outermost on the negative side, past the one around zero, to the outermost.
             places = places.copysign_(flat).add_(self.number + 1)
         return places.int().add_(1)
+
+
+def _groups(flats: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours that are counted together: there calls cost more than a copy."""
+    groups: list[list[Tensor]] = []
+    held = 0
+    for flat in flats:
+        most = CHUNK if flat.device.type == "cpu" else _ON_DEVICE
+        last = groups[-1][-1] if groups else None
+        alike = last is not None and (last.dtype, last.device) == (flat.dtype, flat.device)
+        if alike and held + flat.numel() <= most:
+            groups[-1].append(flat)
+            held += flat.numel()
+        else:
+            groups.append([flat])
+            held = flat.numel()
+    return groups
 
 
 @functools.lru_cache(maxsize=64)

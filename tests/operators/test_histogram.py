@@ -180,6 +180,17 @@ def test_layers_and_rows_are_each_by_itself() -> None:
     assert stacked.to_dict()["b"].tolist() == counts(histogram(), rows[1])[1]
 
 
+def test_small_and_large_layers_of_several_types_are_each_by_itself() -> None:
+    draw = torch.Generator().manual_seed(7)
+    sizes = (3, 0, 500, CHUNK - 100, CHUNK + 5, 8, 9)
+    layers = {f"l{i}": torch.randn(size, generator=draw) for i, size in enumerate(sizes)}
+    layers["l2"] = layers["l2"].double()
+    layers["l5"][2] = math.nan
+    (out,) = run(histogram(), [ragged(0, layers)])
+    for name, tensor in layers.items():
+        assert out.to_dict()[name].tolist() == counts(histogram(), tensor)[1], name
+
+
 def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(2))
     reduction = Histogram(Bins(-2.0, 2.0, 8))
@@ -188,15 +199,15 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("bins", [Bins(-2.0, 2.0, 8), Bins(1e-3, 10.0, 8, log=True)])
-def test_on_a_device_nothing_is_waited_for_and_counts_are_the_same(
-    bins: Bins, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_device_nothing_is_waited_for_and_counts_are_the_same(bins: Bins) -> None:
     # A meta tensor has no values: whoever asks for one raises, as whoever waits for a device would.
     reduction = Histogram(bins)
     assert reduction.reduce([torch.empty(40, device="meta")] * 2).shape == (2, len(bins.components))
     x = torch.cat([torch.linspace(-3, 3, 40), torch.tensor([math.nan, math.inf, -math.inf, 0.0])])
-    on_host = bins.count(x)
-    assert torch.bincount(bins._places_of_all(x), minlength=len(on_host)).tolist() == on_host.tolist()
+    flats = [x, x[:7], x[:0], x[:40]]
+    on_device = bins._counted(torch.cat(flats), [flat.numel() for flat in flats], on_host=False)
+    assert on_device.tolist() == bins.count(flats).tolist()
+    assert bins.count(flats)[0].tolist() == counted_by_hand(bins.components, x.tolist())
 
 
 def test_pushed_down_on_a_lens_stored_and_in_tables(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamlens.reductions import CHUNK, Statistic, accumulate, chunks_of, row_statistics, summarise
+from streamlens.operators._quantiles import Quantiles
+from streamlens.operators.histogram import Histogram
+from streamlens.reductions import CHUNK, Bins, Statistic, accumulate, chunks_of, row_statistics, summarise
 from streamlens.reductions.summaries import summarise_on_device
 from tests.reductions.test_merging import STATISTICS, by_numpy
 
@@ -115,3 +117,29 @@ def test_an_unknown_statistic_is_refused() -> None:
     for device in ("cpu", "meta"):
         with pytest.raises(ValueError, match=r"'median'.* is not known"):
             summarise([torch.ones(3, device=device)], (Statistic("median"),))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_not_waited_for_and_agrees_with_the_host() -> None:
+    operators = [
+        Histogram(Bins(-2.0, 2.0, 8)),
+        Histogram(Bins(1e-3, 10.0, 8, log=True)),
+        Quantiles((0.0, 0.3, 1.0), "quantiles", ("a", "b", "c")),
+        Quantiles((0.5,), "median", sample=100),
+    ]
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 300, 70_000, 70_000)]
+    tensors[1][5] = math.nan
+    on_device = [tensor.cuda() for tensor in tensors]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        summed, _ = summarise(on_device, ALL)
+        reduced = [operator.reduce(on_device) for operator in operators]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for statistic, values in summarise(tensors, ALL)[0].items():
+        assert torch.allclose(summed[statistic].cpu(), values, rtol=1e-4, atol=1e-2, equal_nan=True), (
+            statistic
+        )
+    for operator, found in zip(operators, reduced, strict=True):
+        assert torch.allclose(found.cpu(), operator.reduce(tensors), rtol=1e-5, equal_nan=True)
