@@ -1,6 +1,7 @@
 """Charts of a run: functions from a DataFrame to an Altair chart, and the report that hosts them."""
 
 from streamlens.views.accuracy import accuracies
+from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.loss import loss
 from streamlens.views.norms import gradient_norms, weight_norms
@@ -11,6 +12,7 @@ from streamlens.views.theme import themed, vega_config
 __all__ = [
     "accuracies",
     "gradient_norms",
+    "hessian_eigenvalues",
     "learning_rate",
     "loss",
     "stack",

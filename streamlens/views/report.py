@@ -235,4 +235,8 @@ _HOW_TO_RECORD: Final = {
         'lens.pipe(sl.norm("weight_gradients")).subscribe(store)',
     ),
     "weights.norm2": ("weight norms", 'lens.pipe(sl.norm("weights")).subscribe(store)'),
+    "hessian_eigenvalues": (
+        "the Hessian's largest eigenvalues",
+        "lens.pipe(sl.every(500), sl.hessian_eigenvalues(loss=criterion, batch=(x, y))).subscribe(store)",
+    ),
 }

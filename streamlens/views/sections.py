@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import altair as alt
 
 from streamlens.views.accuracy import accuracies
+from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.loss import loss
 from streamlens.views.marks import Limits
@@ -29,6 +30,7 @@ TOPICS: Final = (
     "uw_ratio",
     "weight_gradients.norm2",
     "weights.norm2",
+    "hessian_eigenvalues",
     "epoch_finished",
 )
 """The topics a page knows how to show."""
@@ -43,6 +45,7 @@ _PERCENT: Final = {
     "train_accuracy": 3,
     "test_accuracy": 2,
     "learning_rate": 5,
+    "hessian_eigenvalues": 5,
 }
 """Shares of the points that other topics than those of many layers get at most."""
 
@@ -183,6 +186,14 @@ def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Sect
         if topic in rows:
             chart = view(rows[topic], layers=model.layers[topic], limits=limits, max_points=per_layer)
             add(key, title, _READING[key], chart)
+    if "hessian_eigenvalues" in rows:
+        chart = hessian_eigenvalues(
+            rows["hessian_eigenvalues"],
+            rows.get("learning_rate"),
+            limits=limits,
+            max_points=others["hessian_eigenvalues"],
+        )
+        add("curvature", "Curvature", _READING["curvature"], chart)
     return found
 
 
@@ -209,5 +220,10 @@ _READING: Final = {
     ),
     "weight-norms": (
         "The 2-norm of each layer's weights; slow growth is common without weight decay, jumps are not."
+    ),
+    "curvature": (
+        "The largest eigenvalues of the loss's Hessian; the dashed line is 2 over the learning rate, up to "
+        "which plain gradient descent is stable: training tends to rise towards it and to stay there, and "
+        "the loss jumps where the largest eigenvalue stands above it."
     ),
 }

@@ -89,12 +89,17 @@ def tables(steps: int = 120, layers: Sequence[str] = LAYERS, prefix: str = "") -
         table = rows({prefix: list(values)})
         return table.assign(step=ends, epoch=np.arange(epochs), wall_time=1.7e9 + 0.01 * ends)
 
+    largest = (500 * (1 - np.exp(-np.arange(epochs) / 3)) + 20).tolist()
     made = {
         "loss": rows({prefix: noisy.tolist()}),
         "loss.ema": rows({prefix: decay.tolist()}),
         "train_accuracy": per_epoch((0.95 - 0.6 * np.exp(-np.arange(epochs) / 2)).tolist()),
         "test_accuracy": per_epoch((0.96 - 0.5 * np.exp(-np.arange(epochs) / 2)).tolist()),
         "learning_rate": rows({named(layer): (3e-3 * 0.9 ** (time // 12)).tolist() for layer in layers}),
+        "hessian_eigenvalues": pd.concat(
+            [per_epoch([value / i for value in largest]).assign(component=str(i)) for i in range(1, 4)],
+            ignore_index=True,
+        ),
         "uw_ratio": per_layer(3e-3, 0.3),
         "weight_gradients.norm2": per_layer(0.4, 0.25),
         "weights.norm2": rows({named(layer): (1 + i + time / 60).tolist() for i, layer in enumerate(layers)}),

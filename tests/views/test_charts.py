@@ -22,6 +22,9 @@ VIEWS: dict[str, Callable[[], alt.LayerChart]] = {
         {"training": DATA["train_accuracy"], "test": DATA["test_accuracy"]}
     ),
     "learning_rate": lambda: views.learning_rate(DATA["learning_rate"]),
+    "hessian_eigenvalues": lambda: views.hessian_eigenvalues(
+        DATA["hessian_eigenvalues"], DATA["learning_rate"]
+    ),
     "update_to_weight_ratio": lambda: views.update_to_weight_ratio(DATA["uw_ratio"]),
     "gradient_norms": lambda: views.gradient_norms(DATA["weight_gradients.norm2"]),
     "weight_norms": lambda: views.weight_norms(DATA["weights.norm2"]),
@@ -31,6 +34,7 @@ HUES: dict[str, tuple[int, ...]] = {
     "loss": (0,),
     "accuracies": (0, 1),
     "learning_rate": (0,),
+    "hessian_eigenvalues": (0, 1, 2),
     "gradient_norms": (0, 1, 2),
     "weight_norms": (0, 1, 2),
 }
@@ -133,6 +137,45 @@ def test_layers_with_one_schedule_share_a_line_and_others_have_their_own() -> No
     assert {r["series"] for r in datasets(shared)[0]} == {"all layers"}
     split = views.learning_rate(rows({"a": [0.1, 0.1], "b": [0.1, 0.1], "c": [0.1, 0.2]})).to_dict()
     assert list(dict.fromkeys(r["series"] for r in datasets(split)[0])) == ["a and 1 more", "c"]
+
+
+def curvature(largest: list[float], rates: dict[str, list[float]] | None) -> dict[str, Any]:
+    """The chart of one eigenvalue at the steps 0, 10, 20, ... with rates at every step."""
+    values = rows({"": largest}, every=10, component="1")
+    chart = views.hessian_eigenvalues(values, None if rates is None else rows(rates))
+    return chart.to_dict()
+
+
+def bound(spec: dict[str, Any]) -> dict[int, float]:
+    """The dashed line: step to 2 / learning rate."""
+    drawn = [r for data in datasets(spec) for r in data if r.get("series") == "2 / learning rate"]
+    return {r["step"]: r["value"] for r in drawn}
+
+
+def test_eigenvalues_stand_against_two_over_the_largest_rate_of_each_step() -> None:
+    spec = curvature([10.0, 20.0, 30.0], {"a": [0.1] * 15 + [0.05] * 15, "b": [0.01] * 30})
+    assert bound(spec) == {step: 20.0 if step < 15 else 40.0 for step in range(21)}
+    assert axis(spec, "y")["title"] == "eigenvalue (dashed: 2 / learning rate)"
+    assert [r["series"] for data in datasets(spec) for r in data if r["value"] == 30.0] == ["λ₁"]
+    assert count_pixels(draw(spec), "#808080") > count_pixels(draw(curvature([10.0, 20.0], None)), "#808080")
+
+
+def test_without_rates_the_eigenvalues_stand_alone() -> None:
+    for rates in (None, {"a": [0.0] * 30}):
+        spec = curvature([10.0, 20.0, 30.0], rates)
+        assert bound(spec) == {}
+        assert axis(spec, "y")["title"] == "eigenvalue"
+
+
+def test_a_negative_eigenvalue_has_its_place_and_a_far_bound_does_not_flatten_it() -> None:
+    near = curvature([-1.0, 2.0], {"a": [0.5] * 11})
+    far = curvature([-1.0, 2.0], {"a": [0.01] * 11})
+    for spec in (near, far):
+        assert "type" not in axis(spec, "y")["scale"]
+        assert not [r for data in datasets(spec) for r in data if "flag" in r]
+    assert set(bound(near).values()) == {4.0}
+    assert bound(far) == {}
+    assert axis(curvature([1.0, 2.0], None), "y")["scale"]["type"] == "log"
 
 
 def test_up_to_twelve_layers_have_a_legend_and_more_answer_to_the_pointer() -> None:

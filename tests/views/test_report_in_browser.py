@@ -29,6 +29,7 @@ FLAGS = [
     "--disable-sync",
 ]
 ARTIFACTS = Path(__file__).parents[2] / "artifacts" / "report"
+CHARTS = 7
 HOSTILE = "</script><img src=x onerror=\"document.title='hurt'\"><b class=hurt>"
 
 pytestmark = [
@@ -88,8 +89,8 @@ def visit(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Ite
 def test_every_chart_is_drawn_and_nothing_is_loaded_or_complained_about(visit: Visit, report: Path) -> None:
     assert visit.complaints == []
     assert [url for url in visit.requests if not url.startswith("data:")] == [report.as_uri()]
-    assert visit.page.locator(".chart canvas").count() == 6
-    for chart in range(6):
+    assert visit.page.locator(".chart canvas").count() == CHARTS
+    for chart in range(CHARTS):
         pixels = visit.pixels(chart)
         # Saturated pixels are data: text, axes and the page are grey.
         assert ((pixels.max(axis=-1) - pixels.min(axis=-1)) > 60).sum() > 300, chart
@@ -119,6 +120,7 @@ def test_hostile_names_make_no_element_and_run_nothing(visit: Visit) -> None:
         (0, ["value of", "each step"]),
         (1, ["measured on", "t"]),
         (4, ["layer", "features.", "gradient norm"]),
+        (6, ["eigenvalue", "λ"]),
     ],
 )
 def test_pointing_near_a_line_says_what_it_is(
@@ -140,7 +142,7 @@ def test_pointing_near_a_line_says_what_it_is(
 def test_the_step_axes_of_all_charts_start_and_end_at_the_same_places(browser: Browser, report: Path) -> None:
     visit = Visit(browser, report, viewport={"width": 1180, "height": 900})
     ends = []
-    for chart in range(6):
+    for chart in range(CHARTS):
         pixels = visit.pixels(chart)
         # The longest grey horizontal line of a chart is its step axis.
         axis = np.abs(pixels - np.array([0xD0, 0xD7, 0xDE])).max(axis=-1) < 10
@@ -153,7 +155,7 @@ def test_the_step_axes_of_all_charts_start_and_end_at_the_same_places(browser: B
 
 def test_zooming_one_chart_zooms_all_and_a_double_click_goes_back(browser: Browser, report: Path) -> None:
     visit = Visit(browser, report, viewport={"width": 1180, "height": 900})
-    before = [visit.pixels(chart) for chart in range(6)]
+    before = [visit.pixels(chart) for chart in range(CHARTS)]
     canvas = visit.page.locator(".chart canvas").nth(0)
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
@@ -165,15 +167,15 @@ def test_zooming_one_chart_zooms_all_and_a_double_click_goes_back(browser: Brows
     visit.page.wait_for_timeout(400)
     visit.page.mouse.move(5, 5)
     visit.page.wait_for_timeout(200)
-    zoomed = [visit.pixels(chart) for chart in range(6)]
-    assert [bool((a != b).any()) for a, b in zip(before, zoomed, strict=True)] == [True] * 6
+    zoomed = [visit.pixels(chart) for chart in range(CHARTS)]
+    assert [bool((a != b).any()) for a, b in zip(before, zoomed, strict=True)] == [True] * CHARTS
     canvas.scroll_into_view_if_needed()
     canvas.dblclick(position={"x": box["width"] / 2, "y": box["height"] / 2})
     visit.page.mouse.move(5, 5)
     visit.page.wait_for_timeout(400)
-    after = [visit.pixels(chart) for chart in range(6)]
+    after = [visit.pixels(chart) for chart in range(CHARTS)]
     visit.page.close()
-    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [False] * 6
+    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [False] * CHARTS
     assert visit.complaints == []
 
 
@@ -182,7 +184,7 @@ def test_the_charts_follow_the_colour_scheme_when_it_changes(browser: Browser, r
     bright = visit.pixels(0).mean()
     visit.page.emulate_media(color_scheme="dark")
     visit.page.wait_for_timeout(1500)
-    assert visit.page.locator(".chart canvas").count() == 6
+    assert visit.page.locator(".chart canvas").count() == CHARTS
     assert visit.pixels(0).mean() < bright / 3
     visit.page.close()
     assert visit.complaints == []
