@@ -85,6 +85,8 @@ def chains() -> list[tuple[sl.Operator, ...]]:
     return [
         (sl.topic(*REDUCIBLE), sl.norm(order=1)),
         (sl.topic(*REDUCIBLE), sl.norm(order=float("inf"))),
+        (sl.topic(*REDUCIBLE), sl.percentile_bands(sample=5)),
+        (sl.topic(*REDUCIBLE), sl.histogram(bins=8, range=(-1, 1))),
         (sl.uw_ratio(), sl.ema(0.9)),
         (sl.uw_ratio(of="parameters", relative_to="before"), sl.smooth(1.0)),
         (sl.ratio("weight_gradients", "weights"), sl.ema(half_life=3, bias_correction=True)),

@@ -229,6 +229,11 @@ def test_pushed_down_on_a_lens_stored_and_in_tables(tmp_path: Path) -> None:
         layer = model[index]
         assert isinstance(layer, nn.Linear)
         assert pushed.to_dict()[name].tolist() == counts(histogram(), layer.weight.detach())[1]
+    with RunWriter(tmp_path / "counts.db", "a") as writer:
+        writer.write([pushed])
+    with read_run(tmp_path / "counts.db") as kept:
+        shown = kept.dataframe("weights.histogram")
+    assert shown[shown["layer"] == "2"]["component"].tolist() == list(pushed.components)
     with read_run(tmp_path / "run.db") as stored:
         (replayed,) = run(histogram(), list(stored.frames("weights")))
     assert torch.equal(torch.as_tensor(replayed.values), torch.as_tensor(pushed.values))
