@@ -20,6 +20,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from streamlens.operators._tensors import wide
+
 __all__ = ["LargestSingularValues"]
 
 _BLOCK: Final = 12
@@ -96,14 +98,14 @@ class LargestSingularValues:
     def _round(self, operators: Mapping[str, _Operator]) -> tuple[Tensor, Tensor]:
         """One restart of every layer: its values, residuals, and the next block."""
         spaces = [_space(a, self._vectors[name], self._scales[name]) for name, a in operators.items()]
-        projected = torch.stack([(image.mT @ image).double() for _, image, _ in spaces])
+        projected = torch.stack([wide(image.mT @ image) for _, image, _ in spaces])
         squares, vectors = ritz(projected, _BLOCK)
         values: list[Tensor] = []
         residuals: list[Tensor] = []
         for (name, a), (basis, _, back), square, chosen in zip(
             operators.items(), spaces, squares, vectors.unbind(0), strict=True
         ):
-            scale = self._scales[name].double()
+            scale = wide(self._scales[name])
             values.append(square.sqrt() / scale)
             chosen = chosen.to(a.dtype)
             block = back @ chosen

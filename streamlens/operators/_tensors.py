@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
@@ -18,6 +18,7 @@ from streamlens.lens import Lens
 from streamlens.operators._base import check_topics, checked_source, widened
 from streamlens.operators._wiring import connect, hub_under_way, stand_in
 from streamlens.operators.selection import topic as select
+from streamlens.reductions import chunks_of, double_where_known
 from streamlens.stream import Operator, Stream, as_stream
 from streamlens.topics import topic_spec
 
@@ -32,8 +33,10 @@ __all__ = [
     "dots",
     "first_step",
     "merged",
+    "pieces_of",
     "side_by_side",
     "tensors_of",
+    "wide",
 ]
 
 Due: TypeAlias = Callable[[int], bool]
@@ -222,23 +225,36 @@ def dense(tensor: Tensor) -> Tensor:
     return widened(tensor)
 
 
+def pieces_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of tensors of one shape that stay in a processor's cache; on a device, all at once."""
+    if tensors[0].device.type == "cpu" and all(t.is_contiguous() for t in tensors):
+        yield from zip(*(chunks_of(t.view(-1)) for t in tensors), strict=True)
+    else:
+        yield tensors
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A real tensor in double precision, where its device has that."""
+    return tensor.to(double_where_known(tensor.device))
+
+
 _LEAST: Final = 1e-30
 """A float32 dot product below this may have lost terms to underflow."""
 
 
 def dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """Dot products of pairs of dense tensors of equal shapes, in float64."""
+    """Dot products of pairs of dense tensors of equal shapes, in float64 where there is any."""
     return torch.stack([_dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)])
 
 
 def _dot(x: Tensor, y: Tensor, *, pieces: int = 1 << 18) -> Tensor:
     if x.device.type != "cpu" or x.dtype is torch.float64 or not x.numel():
-        return torch.dot(x.double(), y.double())
+        return torch.dot(wide(x), wide(y))
     total = 0.0
     for a, b in zip(x.split(pieces), y.split(pieces), strict=True):
         part = float(torch.dot(a, b))
         if not _LEAST < abs(part) < float("inf"):
             # The products may be out of float32's range where their operands are not.
-            part = float(torch.dot(a.double(), b.double()))
+            part = float(torch.dot(wide(a), wide(b)))
         total += part
     return torch.tensor(total, dtype=torch.float64)

@@ -14,7 +14,7 @@ from streamlens.nodes import Emitted
 from streamlens.operators._base import relabelled
 from streamlens.operators._gradients import GradientState, following
 from streamlens.operators._summaries import STATISTICS, check_statistics, summaries
-from streamlens.operators._tensors import PARAMETERS, Due, check_of, side_by_side
+from streamlens.operators._tensors import PARAMETERS, Due, check_of, side_by_side, wide
 from streamlens.operators.effective_lr import effective_lr
 from streamlens.operators.selection import where
 from streamlens.runtime import Runtime
@@ -124,12 +124,12 @@ class _Moments(GradientState):
         for (key, name), beta in zip(_MOMENTS.items(), self._betas, strict=True):
             held = [self.tensors[key][layer] for layer in frame.layers]
             taken = torch.stack([self.taken[layer].to(held[0].device) for layer in frame.layers])
-            correction = 1 - beta ** taken.double()
+            correction = 1 - beta ** wide(taken)
             dtype = torch.float64 if any(t.dtype is torch.float64 for t in held) else torch.float32
             for statistic, values in summaries(held, self._statistics).items():
                 # A variance scales with the square; everything else as the elements do.
                 below = correction.square() if statistic == "var" else correction
                 topic = f"{name}_{statistic}{self._suffix}"
                 out.append(relabelled(frame, f"biased_{topic}", values.to(dtype)))
-                out.append(relabelled(frame, topic, (values.double() / below).to(dtype)))
+                out.append(relabelled(frame, topic, (wide(values) / below).to(dtype)))
         return out

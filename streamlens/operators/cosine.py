@@ -24,6 +24,7 @@ from streamlens.operators._tensors import (
     dots,
     merged,
     tensors_of,
+    wide,
 )
 from streamlens.operators.align import combine
 from streamlens.runtime import Runtime
@@ -95,7 +96,7 @@ def _cosines(a: Tensor | Sequence[Tensor], b: Tensor | Sequence[Tensor]) -> Tens
 
 
 def _quotients(products: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    below = a.double() * b.double()
+    below = wide(a) * wide(b)
     values = (products / below).masked_fill_(below == 0, math.nan).clamp_(-1.0, 1.0)
     return values.to(a.dtype if a.dtype is b.dtype else torch.float64)
 

@@ -8,12 +8,11 @@ from typing import cast
 
 import torch
 from reactivex import Observable
-from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import frame_operator
 from streamlens.operators._base import relabelled
-from streamlens.operators._summaries import check_statistics, summary_without
+from streamlens.operators._summaries import check_statistics, summary_without_zeros
 from streamlens.operators._tensors import PARAMETERS, check_of, check_whole, dense, tensors_of
 from streamlens.operators.align import AlignedFrame, align
 from streamlens.stream import Operator
@@ -36,8 +35,9 @@ def effective_lr(*statistics: str, of: str = "weights") -> Operator:
     a gradient gives NaN.
 
     The input is the raw gradients and updates of one step, `weight_gradients` and `weight_updates`, which a
-    Lens selects by itself; the unit is that of the learning rate. The cost is one division and one mask an
-    element, and a pass for mean, variance and norm each; the median sorts. It needs the copy that updates are
+    Lens selects by itself; the unit is that of the learning rate. The cost is one division and a count an
+    element, a copy of those left where gradients are zero, and a pass for mean, variance and norm each; the
+    median selects. It needs the copy that updates are
     computed from. Where the optimizer overwrites gradients (SGD with Nesterov momentum, with
     `foreach=True`) the first step is lost, and from then on they are copied. Nothing waits for a GPU.
 
@@ -70,17 +70,11 @@ def effective_lr(*statistics: str, of: str = "weights") -> Operator:
 def _summed_up(aligned: AlignedFrame, statistics: Sequence[str], suffix: str) -> list[Frame]:
     for frame in aligned.frames:
         check_whole(frame, "effective_lr")
-    rates: list[Tensor] = []
-    zeros: list[Tensor] = []
-    for update, gradient in zip(*(frame.values for frame in aligned.frames), strict=True):
-        divisor = dense(gradient)
-        zeros.append(divisor == 0)
-        rates.append(dense(update).neg().div_(divisor))
-    frame = aligned.frames[0]
-    found = summary_without(rates, zeros, statistics)
+    updates, divisors = ([dense(v) for v in frame.values] for frame in aligned.frames)
+    rates = [update.neg().div_(divisor) for update, divisor in zip(updates, divisors, strict=True)]
+    found, zeros = summary_without_zeros(rates, divisors, statistics)
     double = any(rate.dtype is torch.float64 for rate in rates)
-    out = {
-        f"effective_lr_{name}": v.to(torch.float64 if double else torch.float32) for name, v in found.items()
-    }
-    out["effective_lr_zero_gradients"] = torch.stack([zero.sum() for zero in zeros]).float()
+    out = {f"effective_lr_{n}": v.to(torch.float64 if double else torch.float32) for n, v in found.items()}
+    out["effective_lr_zero_gradients"] = zeros
+    frame = aligned.frames[0]
     return [relabelled(frame, name + suffix, values) for name, values in out.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from streamlens.frame import Frame
 from streamlens.nodes import Emitted
 from streamlens.operators._base import relabelled
 from streamlens.operators._gradients import GradientState, following
-from streamlens.operators._tensors import PARAMETERS, Due, check_of
+from streamlens.operators._tensors import PARAMETERS, Due, check_of, pieces_of, wide
 from streamlens.runtime import Runtime
 from streamlens.stream import Operator
 
@@ -36,7 +37,8 @@ def gradient_snr(decay: float = 0.9, *, of: str = "weights") -> Operator:
 
     Every step's gradient is taken in: on a Lens a cadence in front of the operator, `every(10)`, only chooses
     the steps that are given; on another stream put it behind. The cost is two copies of the gradients' size
-    kept (and saved) and five passes over them a step; nothing waits for a GPU.
+    kept (and saved), six passes over them a step, in pieces that fit the cache, and seven where given;
+    nothing waits for a GPU.
 
     Args:
         decay: The weight of the past: about 1 / (1 - decay) steps are remembered.
@@ -74,13 +76,15 @@ class _Snr(GradientState):
 
     def take(self, layers: Sequence[str], gradients: list[Tensor]) -> None:
         for name, gradient in zip(layers, gradients, strict=True):
-            mean, variance = self.tensors["mean"][name], self.tensors["variance"][name]
             # The newest one's share of all weights so far.
-            share = (1 - self._decay) / (1 - self._decay ** self.taken[name].double().clamp(min=1))
+            share = (1 - self._decay) / (1 - self._decay ** wide(self.taken[name]).clamp(min=1))
             share = share.to(gradient.dtype)
-            deviation = gradient - mean
-            mean.add_(deviation * share)
-            variance.addcmul_(deviation, deviation * share).mul_(1 - share)
+            held = (self.tensors["mean"][name], self.tensors["variance"][name])
+            for new, mean, variance in pieces_of(gradient, *held):
+                deviation = new - mean
+                part = deviation * share
+                mean.add_(part)
+                variance.addcmul_(deviation, part).mul_(1 - share)
 
     def results(self, frame: Frame) -> Emitted:
         values: list[Tensor] = []
@@ -88,12 +92,15 @@ class _Snr(GradientState):
         if all(self.taken[name].device.type == "cpu" for name in layers):
             layers = tuple(name for name in layers if self.taken[name] >= 2)
         for name in layers:
-            mean, variance = self.tensors["mean"][name], self.tensors["variance"][name]
-            spread = variance.sqrt()
-            still = variance == 0
-            sizes = (mean.abs() / spread).masked_fill(still, 0.0)
-            average = sizes.sum(dtype=torch.float64) / (~still).sum()
-            values.append(average * self._squares(self.taken[name].double()).neg().add(1).sqrt())
+            total = count = torch.zeros((), device=self.taken[name].device)
+            for mean, variance in pieces_of(self.tensors["mean"][name], self.tensors["variance"][name]):
+                varied = variance > 0
+                # One over infinity is the nothing that elements without a variance count.
+                sizes = torch.where(varied, variance, math.inf).rsqrt_().mul_(mean).abs_()
+                total = total + wide(sizes.sum())
+                count = count + varied.sum()
+            average = total / count
+            values.append(average * self._squares(wide(self.taken[name])).neg().add(1).sqrt())
         if not values:
             return None
         double = any(self.tensors["mean"][name].dtype is torch.float64 for name in layers)

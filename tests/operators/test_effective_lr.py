@@ -11,7 +11,7 @@ from streamlens import observe
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.operators import effective_lr, every, norm
-from streamlens.operators._summaries import STATISTICS, masked_summary, summary_without
+from streamlens.operators._summaries import STATISTICS, masked_summary, summary_without_zeros
 from tests.helpers.by_hand import regression, snapshot, squared_error
 from tests.operators.support import ragged, run
 
@@ -70,7 +70,8 @@ def test_the_way_that_never_waits_for_a_device_gives_the_same(count: int) -> Non
     g = torch.Generator().manual_seed(count)
     values, mask = torch.randn(12, generator=g), torch.ones(12, dtype=torch.bool)
     mask[torch.randperm(12, generator=g)[:count]] = False
-    direct = summary_without([values], [mask], STATISTICS)
+    direct, (zeros,) = summary_without_zeros([values], [(~mask).float()], STATISTICS)
+    assert int(zeros) == 12 - count
     masked = masked_summary(values, mask, STATISTICS)
     for name in STATISTICS:
         assert float(masked[name]) == pytest.approx(float(direct[name][0]), rel=1e-5, nan_ok=True), name
