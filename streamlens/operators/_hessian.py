@@ -20,13 +20,16 @@ from streamlens.operators._isolated import (
     widened_input,
 )
 
-__all__ = ["Batch", "Hessian", "Loss", "LossSurface", "Mode", "loss_surface"]
+__all__ = ["OF_LAYERS", "Batch", "Hessian", "Loss", "LossSurface", "Mode", "loss_surface"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """A function of the model's output and the labels."""
 Batch: TypeAlias = tuple[Any, Any]
 Mode: TypeAlias = Literal["eval", "train"]
 _MODES: Final = ("eval", "train")
+
+OF_LAYERS: Final = "for some parameters pass parameters=, such as parameters='head.*'"
+"""What to do instead of narrowing a lens to layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

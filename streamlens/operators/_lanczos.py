@@ -32,7 +32,8 @@ class RitzPairs:
         values: k eigenvalues in the order asked for, float64, on the host.
         vectors: Their unit vectors, (k, n), each with its element of largest size positive.
         residuals: |H v - theta v| of each, which bounds its distance from an eigenvalue.
-        converged: How many of them are within the tolerance.
+        converged: How many of them are within the tolerance of an eigenvalue.
+        confirmed: Whether all are, and another start has shown no further one among the k.
         products: Matrix-vector products taken.
     """
 
@@ -40,6 +41,7 @@ class RitzPairs:
     vectors: Tensor
     residuals: tuple[float, ...]
     converged: int
+    confirmed: bool
     products: int
 
 
@@ -169,7 +171,7 @@ def lanczos(
     values = torch.full((k,), math.nan, dtype=torch.float64)
     coordinates, residuals, converged = values, [math.nan] * k, 0
     rest, since, found = start, 0, None
-    follows = True
+    follows, confirmed = True, False
     while space.size < most:
         if not follows:
             rest, since = space.outside(random_vector(start, generator))[1], 0
@@ -177,7 +179,7 @@ def lanczos(
         since += 1
         if not math.isfinite(space.scale):
             nothing = start.new_full((k, start.numel()), math.nan)
-            return RitzPairs(values.fill_(math.nan), nothing, (math.nan,) * k, 0, space.size)
+            return RitzPairs(values.fill_(math.nan), nothing, (math.nan,) * k, 0, False, space.size)
         if space.asymmetry > _ASYMMETRY * space.scale:
             raise StreamlensError(
                 "the products belong to no symmetric matrix: elements and their mirror images differ by up "
@@ -193,11 +195,14 @@ def lanczos(
         values, coordinates = every[places], columns[:, places]
         residuals = space.residuals(coordinates)
         # Below eps of the largest nothing is known of an eigenvalue but that it is small.
-        limits = (tolerance * values.abs()).clamp(min=eps * space.scale).tolist()
-        converged = sum(r <= limit for r, limit in zip(residuals, limits, strict=True))
+        limits = (tolerance * values.abs()).clamp(min=eps * space.scale)
+        converged = sum(r <= limit for r, limit in zip(residuals, limits.tolist(), strict=True))
         if converged < k or (found is not None and since < _LOOK_AGAIN and follows):
             continue
-        if found is not None and bool(((values - found).abs() <= tolerance * found.abs()).all()):
+        if found is not None and bool(((values - found).abs() <= limits).all()):
+            confirmed = True
             break
         found, follows = values, False
-    return RitzPairs(values, space.vectors(coordinates), tuple(residuals), converged, space.size)
+    # A basis of everything has left nothing unseen.
+    confirmed = confirmed or space.size == start.numel()
+    return RitzPairs(values, space.vectors(coordinates), tuple(residuals), converged, confirmed, space.size)

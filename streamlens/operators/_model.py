@@ -97,6 +97,7 @@ def on_model(
     operator: str,
     model: nn.Module | None = None,
     check: Callable[[nn.Module], None] | None = None,
+    of_layers: str = "it has no part for some layers",
 ) -> Stream:
     """Apply a metric of the model.
 
@@ -107,18 +108,24 @@ def on_model(
         operator: The operator's name, for messages.
         model: The model, where the stream comes from no lens; held weakly.
         check: Raises if the metric cannot be taken of the model, so that this shows when it is applied.
+        of_layers: What to do for some layers only, for the message to who narrowed the lens to them.
 
     Returns:
         The stream of its results.
 
     Raises:
-        StreamlensError: No model is known.
+        StreamlensError: No model is known, or the lens was narrowed to some layers.
         TypeError: `model` is none.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"{operator}(model=...) takes an nn.Module, got {type(model).__name__}")
     stream = as_stream(source)
     if isinstance(stream, Lens) and not stream.topics:
+        if stream.view.selectors:
+            raise StreamlensError(
+                f"{operator}() is of the whole model, and this lens was narrowed by layers(): {of_layers}; "
+                "leave layers() out"
+            )
         stream = stream.narrow(topics=("update_finished",))
     stream.check_subscribable()
     find = _finder(stream, operator, model)

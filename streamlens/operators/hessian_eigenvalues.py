@@ -13,7 +13,7 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
 from streamlens.operators._base import relabelled
-from streamlens.operators._hessian import Batch, Loss, LossSurface, Mode, loss_surface
+from streamlens.operators._hessian import OF_LAYERS, Batch, Loss, LossSurface, Mode, loss_surface
 from streamlens.operators._lanczos import WHICH, Which, lanczos, random_vector
 from streamlens.operators._model import FindModel, ModelNode, on_model
 from streamlens.stream import Operator, Stream
@@ -53,9 +53,10 @@ def hessian_eigenvalues(
     The result is topic `hessian_eigenvalues`, of the layer `""`, the model: (1, k) in float64, with the
     components `"1"` to `"k"`, in the unit of the loss over that of the parameters squared. Their sum of
     squares is no norm of H: the rest of the spectrum is left out. `meta` says how good they are:
-    `converged` (how many of the k are within the tolerance), `residuals` (|H v - theta v| of each, which
-    bounds its error) and `products` (how many were taken). An eigenvalue of several dimensions comes as
-    often as its dimension, as far as the products suffice.
+    `converged` (how many of the k are within the tolerance of an eigenvalue), `residuals`
+    (|H v - theta v| of each, which bounds that distance), `products` (how many were taken), and `confirmed`:
+    whether all have converged and a second start, which sees eigenvalues of several dimensions again, has
+    found no further one among the largest k.
 
     With `eigenvectors=True` a frame of topic `hessian_eigenvectors` follows: for each parameter, by its
     name, a tensor (k, *shape); together they are unit vectors, each with its largest element positive.
@@ -120,7 +121,7 @@ def hessian_eigenvalues(
             )
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
-        return on_model(source, make, plan, operator=TOPIC, model=model, check=check)
+        return on_model(source, make, plan, operator=TOPIC, model=model, check=check, of_layers=OF_LAYERS)
 
     return apply
 
@@ -183,7 +184,12 @@ class _Eigenvalues(ModelNode):
                 generator=generator,
             )
             vectors = hessian.split(found.vectors) if self._vectors else {}
-        meta = {"converged": found.converged, "residuals": found.residuals, "products": found.products}
+        meta = {
+            "converged": found.converged,
+            "confirmed": found.confirmed,
+            "residuals": found.residuals,
+            "products": found.products,
+        }
         components = tuple(str(i + 1) for i in range(search.k))
         values = relabelled(frame, TOPIC, found.values[None], layers=("",), components=components)
         frames = [values.replace(meta=meta)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
 from streamlens.operators._base import relabelled
-from streamlens.operators._hessian import Batch, Hessian, Loss, LossSurface, Mode, loss_surface
+from streamlens.operators._hessian import OF_LAYERS, Batch, Hessian, Loss, LossSurface, Mode, loss_surface
 from streamlens.operators._model import FindModel, ModelNode, on_model
 from streamlens.stream import Operator, Stream
 
@@ -85,7 +85,15 @@ def hessian_trace(
         surface.names(found)
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
-        return on_model(source, make, f"{TOPIC}(probes={probes})", operator=TOPIC, model=model, check=check)
+        return on_model(
+            source,
+            make,
+            f"{TOPIC}(probes={probes})",
+            operator=TOPIC,
+            model=model,
+            check=check,
+            of_layers=OF_LAYERS,
+        )
 
     return apply
 

@@ -58,8 +58,8 @@ def sharpness(
     must carry it; or it is given as `lr=`.
 
     The result is topic `sharpness`, of the layer `""`, the model: one number of float64, without unit. `meta`
-    has `eigenvalue`, `bound` and `learning_rate`, and of the eigenvalue `converged` (1 or 0), `residuals`
-    and `products`. NaN passes through. Cost, and what becomes of the model: as for
+    has `eigenvalue`, `bound` and `learning_rate`, and of the eigenvalue `converged` (1 or 0),
+    `confirmed`, `residuals` and `products`. NaN passes through. Cost, and what becomes of the model: as for
     `hessian_eigenvalues` with k = 1.
 
     Args:

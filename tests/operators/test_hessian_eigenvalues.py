@@ -153,6 +153,7 @@ def test_what_has_not_converged_is_said() -> None:
     (frame,) = taken(model, batch=batch, products=7)
     assert frame.meta["products"] == 7
     assert frame.meta["converged"] < 5
+    assert not frame.meta["confirmed"]
     exact = eigenvalues(exact_hessian(model, LOSS, batch))
     for value, residual in zip(values(frame), frame.meta["residuals"], strict=True):
         assert float((exact - value).abs().min()) <= residual * 1.001 + 1e-6
@@ -350,10 +351,14 @@ def test_what_trains_the_model_is_not_copied_and_may_refuse_to_be() -> None:
 
 def test_wrappers_that_compute_nothing_are_looked_through_and_names_stay_the_models() -> None:
     inner, batch = NETS["tanh"]
-    model = nn.DataParallel(inner)
-    frame, vectors = taken(model, batch=batch, eigenvectors=True)
-    assert values(frame) == values(taken(inner, batch=batch)[0])
-    assert vectors.layers == tuple(name for name, _ in model.named_parameters())
+    parts = list(inner.children())
+    whole, part = (torch.compile(module, backend="eager") for module in (inner, parts[0]))
+    assert isinstance(whole, nn.Module)
+    assert isinstance(part, nn.Module)
+    for model in (nn.DataParallel(inner), whole, nn.Sequential(part, *parts[1:])):
+        frame, vectors = taken(model, batch=batch, eigenvectors=True)
+        assert values(frame) == values(taken(inner, batch=batch)[0])
+        assert vectors.layers == tuple(name for name, _ in model.named_parameters())
 
 
 def test_a_loss_that_refers_to_the_model_is_given_its_copy() -> None:
@@ -474,6 +479,15 @@ def test_a_model_that_it_cannot_be_taken_of_is_an_error_at_pipe(
 def test_a_stream_without_lens_needs_the_model() -> None:
     with pytest.raises(sl.StreamlensError, match=r"hessian_eigenvalues\(\) needs the model.*model=model"):
         Subject().pipe(hessian_eigenvalues(loss=LOSS, batch=(X, Y)))
+
+
+def test_a_lens_narrowed_to_layers_is_an_error_that_says_how_to_choose_parameters() -> None:
+    model = nn.Sequential(nn.Linear(6, 3))
+    with (
+        observed(model) as lens,
+        pytest.raises(sl.StreamlensError, match=r"whole model.*layers\(\).*pass parameters="),
+    ):
+        lens.pipe(sl.layers("0"), hessian_eigenvalues(loss=LOSS, batch=(X, Y)))
 
 
 def test_attention_by_the_fused_kernel_has_no_second_derivative_of_its_own() -> None:
