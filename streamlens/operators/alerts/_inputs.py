@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from reactivex import Observable
-from torch import nn
+from torch import Tensor, nn
 
 from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError
 from streamlens.frame import Frame
@@ -21,6 +21,7 @@ from streamlens.operators.per_step import per_step
 from streamlens.operators.ratio import divided, uw_ratio
 from streamlens.operators.selection import LayerPick, between, layers, topic
 from streamlens.operators.statistics import norm, reduction_operator, std
+from streamlens.reductions import Reduction, Statistic, Statistics
 from streamlens.stream import Operator, Stream
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "GRADIENT_NORMS",
     "LEARNING_RATE",
     "LOSS",
+    "RAW_GRADIENT_SIZES",
     "SATURATED_SHARES",
     "UPDATE_NORMS",
     "UPDATE_RATIO",
@@ -41,6 +43,20 @@ __all__ = [
 ]
 
 Build = Callable[[], Operator]
+
+
+@dataclass(frozen=True)
+class _Size(Reduction):
+    """How many elements a tensor has: that it is there, at no cost."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("count"),)
+
+    @property
+    def name(self) -> str:
+        return "size"
+
+    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
+        return count
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,12 @@ WEIGHT_NORMS: Final = Input("weights.norm2", lambda: norm("weights"))
 UPDATE_NORMS: Final = Input("weight_updates.norm2", lambda: norm("weight_updates"))
 UPDATE_RATIO: Final = Input("uw_ratio", uw_ratio, ("weight_updates.norm2", "weights.norm2"))
 LEARNING_RATE: Final = Input("learning_rate", lambda: topic("learning_rate"), needed=False)
+RAW_GRADIENT_SIZES: Final = Input(
+    "raw_gradients.size",
+    lambda: reduction_operator(_Size(), "raw_gradients", "size"),
+    micro_steps=True,
+    needed=False,
+)
 LOSS: Final = Input(
     "loss",
     lambda: topic("loss"),

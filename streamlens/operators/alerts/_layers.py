@@ -56,7 +56,7 @@ class LayerTable:
         return tuple(self._places)
 
     def __getitem__(self, column: str) -> Array:
-        """A whole column; assign to its entries to change it."""
+        """A whole column; assign to its entries to change it. Ask for `rows` first: they may add some."""
         return self._columns[column]
 
     def state_dict(self) -> dict[str, Any]:

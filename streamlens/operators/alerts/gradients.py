@@ -36,7 +36,7 @@ class _Vanishing(Judge):
 
 @dataclass(frozen=True)
 class _VanishingGradients(Rule):
-    below: float = 1e-5
+    below: float = 1e-4
     every: int = 10
     start: tuple[int, int] = (3, 3)
     end: int = 3
@@ -67,16 +67,16 @@ class _VanishingGradients(Rule):
 
 
 def vanishing_gradients(
-    *, below: float = 1e-5, every: int = 10, start: tuple[int, int] = (3, 3), end: int = 3
+    *, below: float = 1e-4, every: int = 10, start: tuple[int, int] = (3, 3), end: int = 3
 ) -> Rule:
     """Alert where the gradient of a layer's weights is a vanishing share of the largest layer's.
 
     Value: |g_l|_2 / max over layers of |g|_2, in [0, 1], of `weight_gradients.norm2`; bad below
     `below`. Relative to the largest layer, so that the end of training, where all gradients shrink
     together, is silent. The default follows from a sigmoid network: by default initialisation each
-    layer multiplies the gradient by about 0.14, so that six layers are still fine and seven not; in
-    networks that train well the smallest share lies above 1e-4 (`docs/alerts.md`). A layer whose
-    gradient is exactly zero has vanished too.
+    layer multiplies the gradient by about 0.14, so that four of them are still fine and six are not; in
+    ordinary networks the smallest share lies near 1e-2 (`docs/alerts.md`). A layer whose gradient is
+    exactly zero has vanished too.
 
     The topic is `alerts.vanishing_gradients`. Cost: the norm of each gradient, shared with whoever
     asks for it too. NaN is left out. Source: Hochreiter 1991; Glorot and Bengio 2010.
@@ -99,8 +99,9 @@ def vanishing_gradients(
 class _Exploding(Judge):
     """The history of each layer's gradient: its geometric mean, recent and of the beginning."""
 
-    def __init__(self, factor: float, above: float) -> None:
+    def __init__(self, factor: float, floor: float, above: float) -> None:
         self._factor = factor
+        self._floor = floor
         self._above = above
         self._table = LayerTable({"looks": 0.0, "recent": 0.0, "beginning": 0.0})
         self._weights = math.nan
@@ -133,7 +134,10 @@ class _Exploding(Judge):
         early = n <= _BEGINNING
         beginning[seen[early]] = recent[seen[early]]
         looks[seen] = n
-        return Verdict(look.layers, values, values > self._factor, self._factor, group="history")
+        bad = values > self._factor
+        if self._weights > 0:
+            bad &= look.values > self._floor * self._weights
+        return Verdict(look.layers, values, bad, self._factor, group="history")
 
     def state_dict(self) -> dict[str, Any]:
         return {"table": self._table.state_dict(), "weights": self._weights}
@@ -146,16 +150,17 @@ class _Exploding(Judge):
 @dataclass(frozen=True)
 class _ExplodingGradients(Rule):
     factor: float = 30.0
+    floor: float = 0.5
     above: float = 100.0
     every: int = 1
-    start: tuple[int, int] = (2, 5)
+    start: tuple[int, int] = (1, 1)
     end: int = 10
 
     name: ClassVar[str] = "exploding_gradients"
     severity: ClassVar[Severity] = "critical"
 
     def check(self) -> None:
-        self.check_positive(factor=self.factor, above=self.above)
+        self.check_positive(factor=self.factor, floor=self.floor, above=self.above)
 
     def inputs(self) -> tuple[Input, ...]:
         return (_WEIGHTS, GRADIENT_NORMS)
@@ -165,7 +170,7 @@ class _ExplodingGradients(Rule):
         return 10 * self.every if entry is _WEIGHTS else self.every
 
     def judge(self) -> Judge:
-        return _Exploding(self.factor, self.above)
+        return _Exploding(self.factor, self.floor, self.above)
 
     def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
         against = "the norm of all weights" if verdict.group == "size" else "its usual size"
@@ -188,9 +193,10 @@ _WEIGHTS: Final = Input("weights.norm2", WEIGHT_NORMS.build, needed=False)
 def exploding_gradients(
     *,
     factor: float = 30.0,
+    floor: float = 0.5,
     above: float = 100.0,
     every: int = 1,
-    start: tuple[int, int] = (2, 5),
+    start: tuple[int, int] = (1, 1),
     end: int = 10,
 ) -> Rule:
     """Alert where the gradient of a layer's weights is far above its usual size, or huge from the start.
@@ -198,9 +204,10 @@ def exploding_gradients(
     Two values are judged, both of `weight_gradients.norm2`. Against its history: |g_l|_2 over the
     geometric mean of the layer's own (half-life 50 looks), or of its first 20 looks where that is
     larger, so that a hard example late in training, when gradients have become small, is silent; bad above
-    `factor`, for which there must have been 20 looks. And in size: |g_l|_2 over the norm of all weights
-    (`weights.norm2`, where there is one); bad above `above`. Gradients of networks that train rarely
-    exceed 10 times their usual norm, and a tenth of the weights' (`docs/alerts.md`).
+    `factor`, for which there must have been 20 looks, if it is also above `floor` times the norm of all
+    weights (`weights.norm2`, where there is one): leaving a plateau multiplies gradients too. And in
+    size: |g_l|_2 over the norm of all weights; bad above `above`. Ordinary gradients stay below that
+    norm, most below a tenth of it (`docs/alerts.md`).
 
     The topic is `alerts.exploding_gradients`. Cost: the norm of each gradient at each look, and those of
     the weights every tenth. NaN is left out (see `nonfinite_values`); inf is bad. Source: Pascanu,
@@ -208,6 +215,7 @@ def exploding_gradients(
 
     Args:
         factor: How many times its usual size a gradient may be.
+        floor: Up to how many times the norm of all weights it may be whatever its usual size.
         above: How many times the norm of all weights it may be.
         every: Looks at steps divisible by this.
         start: `(n, m)`: an alert starts once n of the last m looks were bad.
@@ -219,4 +227,4 @@ def exploding_gradients(
     Raises:
         ValueError: A parameter out of range.
     """
-    return _ExplodingGradients(factor=factor, above=above, every=every, start=start, end=end)
+    return _ExplodingGradients(factor=factor, floor=floor, above=above, every=every, start=start, end=end)

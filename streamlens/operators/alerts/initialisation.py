@@ -45,7 +45,7 @@ class _Initialisation(Judge):
 
 @dataclass(frozen=True)
 class _PoorInitialisation(Rule):
-    forward: tuple[float, float] = (1e-3, 1e3)
+    forward: tuple[float, float] = (1e-2, 1e2)
     backward: tuple[float, float] = (1e-5, 1e5)
     every: int = 1
     start: tuple[int, int] = (1, 1)
@@ -81,7 +81,7 @@ class _PoorInitialisation(Rule):
 
 
 def poor_initialisation(
-    *, forward: tuple[float, float] = (1e-3, 1e3), backward: tuple[float, float] = (1e-5, 1e5)
+    *, forward: tuple[float, float] = (1e-2, 1e2), backward: tuple[float, float] = (1e-5, 1e5)
 ) -> Rule:
     """Alert at step 0 where the initial weights let signals or gradients fade or blow up.
 

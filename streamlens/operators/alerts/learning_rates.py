@@ -15,6 +15,7 @@ from streamlens.operators.alerts.losses import LossTrack
 
 __all__ = ["learning_rate_too_high", "learning_rate_too_low"]
 
+_ROUNDING: Final = 1e-6
 _LOSS: Final = Input("loss", LOSS.build, micro_steps=True, needed=False)
 
 
@@ -31,7 +32,8 @@ class _Progress(Judge):
             if math.isfinite(loss):
                 self._loss.take(loss)
             return []
-        known = look.values[~np.isnan(look.values)]
+        # What was zero before the update has a ratio of exactly 1, whatever the rate.
+        known = look.values[~np.isnan(look.values) & (np.abs(look.values - 1) > _ROUNDING)]
         ratio = float(np.median(known)) if len(known) else math.nan
         bad, threshold = self.judge(ratio)
         return [Verdict(("",), np.array([ratio]), np.array([bad]), threshold)]
@@ -76,11 +78,11 @@ class _Low(_Progress):
 
 @dataclass(frozen=True)
 class _TooHigh(Rule):
-    above: float = 0.03
+    above: float = 0.1
     at_once: float = 0.3
     fall: float = 0.1
     every: int = 10
-    start: tuple[int, int] = (3, 3)
+    start: tuple[int, int] = (1, 1)
     end: int = 3
 
     name: ClassVar[str] = "learning_rate_too_high"
@@ -111,19 +113,21 @@ class _TooHigh(Rule):
 
 def learning_rate_too_high(
     *,
-    above: float = 0.03,
+    above: float = 0.1,
     at_once: float = 0.3,
     fall: float = 0.1,
     every: int = 10,
-    start: tuple[int, int] = (3, 3),
+    start: tuple[int, int] = (1, 1),
     end: int = 3,
 ) -> Rule:
     """Alert where updates are large and the loss has not fallen.
 
     Value: the median over the layers of `uw_ratio`. Bad above `above` while the moving average of `loss`
-    (half-life 10 looks) is not yet `fall` below the loss at the start, and above `at_once` in any case. With
-    Adam the first ratios are large at usual rates too (0.1 at a rate of 0.01): the loss tells whether they
-    are too large. Without a loss only `at_once` counts.
+    (half-life 10 looks) is not yet `fall` below the loss at the start, and above `at_once` in any case:
+    Adam's first ratios are large at usual rates too (0.13 at a rate of 0.01), and only the loss tells
+    whether they are too large. Ordinary ratios before the loss has fallen stay below 0.05
+    (`docs/alerts.md`). Without a loss only `at_once` counts. A layer that was zero before the update, whose
+    ratio is exactly 1, is left out.
 
     The topic is `alerts.learning_rate_too_high`, of the model itself. Cost: that of `uw_ratio()` at each
     look, and the loss. NaN is left out; a run that blows up within a few steps is told by

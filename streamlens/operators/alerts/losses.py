@@ -238,7 +238,7 @@ class _Spike(_Tracked):
 @dataclass(frozen=True)
 class _LossSpike(Rule):
     window: int = 100
-    share: float = 0.3
+    share: float = 0.4
     factor: float = 1.5
     every: int = 1
     start: tuple[int, int] = (1, 1)
@@ -274,7 +274,7 @@ class _LossSpike(Rule):
 def loss_spike(
     *,
     window: int = 100,
-    share: float = 0.3,
+    share: float = 0.4,
     factor: float = 1.5,
     every: int = 1,
     start: tuple[int, int] = (1, 1),

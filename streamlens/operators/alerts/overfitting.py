@@ -27,8 +27,9 @@ _LOSS: Final = Input("loss", LOSS.build, micro_steps=True, needed=False)
 class _Overfitting(Judge):
     """The best evaluation so far, and what the training loss was then."""
 
-    def __init__(self, rise: float, drop: float) -> None:
-        self._rise, self._drop = rise, drop
+    def __init__(self, rise: float, share: float, drop: float) -> None:
+        self._rise, self._share, self._drop = rise, share, drop
+        self._first: dict[str, float] = {}
         self._training = LossTrack(half_life=20)
         self._best: dict[str, list[float]] = {}
 
@@ -48,7 +49,9 @@ class _Overfitting(Judge):
         if (value <= best) if falls else (value >= best):
             best, then = value, training
             self._best[look.topic] = [best, then]
-        limit = best + self._rise * abs(best) if falls else best - self._drop
+        first = self._first.setdefault(look.topic, value)
+        room = max(self._rise * abs(best), self._share * (first - best)) if falls else self._drop
+        limit = best + room if falls else best - room
         worse = value > limit if falls else value < limit
         # Where the training loss rises too, training itself is what goes wrong.
         learning = not training > then
@@ -61,16 +64,18 @@ class _Overfitting(Judge):
 
     def state_dict(self) -> dict[str, Any]:
         best = {topic: list(pair) for topic, pair in self._best.items()}
-        return {"training": self._training.state_dict(), "best": best}
+        return {"training": self._training.state_dict(), "best": best, "first": dict(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._training.load_state_dict(state["training"])
         self._best = {topic: list(pair) for topic, pair in state["best"].items()}
+        self._first = dict(state["first"])
 
 
 @dataclass(frozen=True)
 class _OverfittingRule(Rule):
     rise: float = 0.2
+    share: float = 0.1
     drop: float = 0.03
     every: int = 1
     start: tuple[int, int] = (3, 3)
@@ -81,13 +86,13 @@ class _OverfittingRule(Rule):
 
     def check(self) -> None:
         self.check_positive(rise=self.rise)
-        self.check_share(drop=self.drop)
+        self.check_share(share=self.share, drop=self.drop)
 
     def inputs(self) -> tuple[Input, ...]:
         return (_LOSS, _VALIDATION, _ACCURACY)
 
     def judge(self) -> Judge:
-        return _Overfitting(self.rise, self.drop)
+        return _Overfitting(self.rise, self.share, self.drop)
 
     def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
         limit = number(float(np.max(verdict.threshold)))
@@ -109,6 +114,7 @@ class _OverfittingRule(Rule):
 def overfitting(
     *,
     rise: float = 0.2,
+    share: float = 0.1,
     drop: float = 0.03,
     every: int = 1,
     start: tuple[int, int] = (3, 3),
@@ -116,17 +122,19 @@ def overfitting(
 ) -> Rule:
     """Alert where evaluations get worse while the training loss falls.
 
-    Values: `validation_loss`, as given to `lens.emit("validation_loss", value)`, bad above (1 + rise)
-    times the least so far; and `test_accuracy`, bad more than `drop` below the greatest so far. Both only
-    while the moving average of `loss` (half-life 20 looks), where it is known, is at most what it was
-    at that best evaluation. Looks are evaluations: three in a row start an alert. Ordinary runs that are
-    trained a little too long rise by less than a fifth (`docs/alerts.md`).
+    Values: `validation_loss`, as given to `lens.emit("validation_loss", value)`, bad where it is above the
+    least so far both by `rise` of that and by `share` of what it has fallen since the first evaluation
+    (small losses of few examples differ by more than a fifth from one evaluation to the next); and
+    `test_accuracy`, bad more than `drop` below the greatest so far. Both only while the moving average
+    of `loss` (half-life 20 looks), where it is known, is at most what it was at that best evaluation.
+    Looks are evaluations: three in a row start an alert.
 
     The topic is `alerts.overfitting`, of the model itself; `meta["of"]` says what of. Cost: nothing but
     the loss. NaN is left out.
 
     Args:
         rise: By what share of its least the validation loss may rise.
+        share: By what share of its fall so far it may rise.
         drop: By how much the test accuracy may fall, as a share of all examples.
         every: Looks at losses of steps divisible by this.
         start: `(n, m)`: an alert starts once n of the last m evaluations were bad.
@@ -138,4 +146,4 @@ def overfitting(
     Raises:
         ValueError: A parameter out of range.
     """
-    return _OverfittingRule(rise=rise, drop=drop, every=every, start=start, end=end)
+    return _OverfittingRule(rise=rise, share=share, drop=drop, every=every, start=start, end=end)

@@ -25,7 +25,7 @@ class _Above(Judge):
 
 @dataclass(frozen=True)
 class _DeadUnits(Rule):
-    share: float = 0.5
+    share: float = 0.8
     every: int = 10
     start: tuple[int, int] = (3, 3)
     end: int = 3
@@ -55,15 +55,15 @@ class _DeadUnits(Rule):
         )
 
 
-def dead_units(*, share: float = 0.5, every: int = 10, start: tuple[int, int] = (3, 3), end: int = 3) -> Rule:
+def dead_units(*, share: float = 0.8, every: int = 10, start: tuple[int, int] = (3, 3), end: int = 3) -> Rule:
     """Alert where many units of a ReLU are zero for every example of the batch.
 
     Value: the share of a layer's units that are zero throughout the batch, in [0, 1],
     `activations.dead_fraction`; bad above `share`. A unit is a channel of a convolution, else an entry
     of the last dimension. On a Lens the layers are the modules that cut at zero (`nn.ReLU`, `nn.ReLU6`,
-    `nn.Threshold`); `F.relu` called inside a module is not seen. Of a small batch some units
-    always happen to be zero (up to a third in ordinary runs, `docs/alerts.md`), which is why the
-    default is half of them, in three looks.
+    `nn.Threshold`); `F.relu` called inside a module is not seen. In the
+    last layers of a deep network, whose units hardly differ between examples at first, half of them are
+    zero (`docs/alerts.md`), which is why the default is well above that, in three looks.
 
     The topic is `alerts.dead_units`. Cost: one pass over these outputs. Source: Lu et al. 2019, Dying
     ReLU and Initialization.

@@ -12,8 +12,10 @@ import numpy as np
 from streamlens.operators.alerts._inputs import (
     GRADIENT_NORMS,
     LEARNING_RATE,
+    RAW_GRADIENT_SIZES,
     UPDATE_NORMS,
     UPDATE_RATIO,
+    WEIGHT_NORMS,
     Input,
 )
 from streamlens.operators.alerts._layers import Array, LayerTable
@@ -25,6 +27,9 @@ _HALF_LIFE: Final = 20
 """Looks after which the weight of a ratio in a layer's history has halved."""
 _WARM_UP: Final = 10
 """Looks before a layer's history counts."""
+_WEIGHT_NORMS: Final = Input("weights.norm2", WEIGHT_NORMS.build, needed=False)
+_ANNEALED: Final = 0.01
+"""The share of its highest rate below which a layer's schedule is near its end."""
 
 
 class _Ratio(Judge):
@@ -32,39 +37,51 @@ class _Ratio(Judge):
 
     def __init__(self, band: tuple[float, float], decades: float) -> None:
         self._band, self._decades = band, decades
-        self._table = LayerTable({"looks": 0.0, "mean": 0.0, "variance": 0.0})
-        self._rates = LayerTable({"rate": math.nan})
+        self._table = LayerTable({"looks": -1.0, "mean": 0.0, "variance": 0.0})
+        self._rates = LayerTable({"rate": math.nan, "highest": 0.0})
 
     def look(self, look: Look) -> Iterable[Verdict]:
         if look.topic == LEARNING_RATE.name:
-            self._rates["rate"][self._rates.rows(look.layers)] = look.values
+            rows = self._rates.rows(look.layers)
+            self._rates["rate"][rows] = look.values
+            highest = self._rates["highest"]
+            highest[rows] = np.fmax(highest[rows], look.values)
             return
         lower, upper = self._band
         ratios = look.values
-        yield Verdict(look.layers, ratios, (ratios < lower) | (ratios > upper), self._band, group="band")
+        rows = self._rates.rows(look.layers)
+        # A schedule near its end makes every ratio small.
+        annealed = self._rates["rate"][rows] < _ANNEALED * self._rates["highest"][rows]
+        bad = ((ratios < lower) & ~annealed) | (ratios > upper)
+        yield Verdict(look.layers, ratios, bad, self._band, group="band")
         yield self._against_history(look.layers, ratios)
 
     def _against_history(self, layers: tuple[str, ...], ratios: Array) -> Verdict:
-        # Rows first: asking for them may put a longer column in place.
-        rate_rows = self._rates.rows(layers)
-        rates = self._rates["rate"][rate_rows]
+        rows = self._rates.rows(layers)
+        rates = self._rates["rate"][rows]
         scaled = ratios / np.where(rates > 0, rates, 1.0)
-        usable = np.isfinite(scaled) & (scaled > 0) & ~(rates == 0)
+        usable = np.isfinite(scaled) & (scaled > 0) & (rates != 0)
         logs = np.log10(np.where(usable, scaled, 1.0))
         rows = self._table.rows(layers)
         looks, mean, variance = (self._table[c] for c in ("looks", "mean", "variance"))
-        width = np.maximum(self._decades, 6 * np.sqrt(variance[rows]))
+        width = np.maximum(self._decades, 4 * np.sqrt(variance[rows]))
         off = np.where(usable & (looks[rows] >= _WARM_UP), logs - mean[rows], 0.0)
-        seen, value = rows[usable], logs[usable]
+        bad = np.abs(off) > width
+        # Rates come after ratios: at a layer's first look its rate is not known yet.
+        enters = usable & (looks[rows] >= 0)
+        seen = rows[enters]
         n = looks[seen] + 1
         rate = np.maximum(1 / n, 1 - 0.5 ** (1 / _HALF_LIFE))
-        step = value - mean[seen]
-        mean[seen] += rate * step
-        variance[seen] = (1 - rate) * (variance[seen] + rate * step**2)
-        looks[seen] = n
+        step = logs[enters] - mean[seen]
+        # An outlier moves the mean as far as one at the edge of the band would, and widens no band.
+        most = np.where(n > _WARM_UP, width[enters], np.inf)
+        mean[seen] += rate * np.clip(step, -most, most)
+        widened = (1 - rate) * (variance[seen] + rate * step**2)
+        variance[seen] = np.where(bad[enters], variance[seen], widened)
+        looks[rows[usable]] += 1
         values = np.where(usable, 10.0**off, math.nan)
         band = (10.0**-self._decades, 10.0**self._decades)
-        return Verdict(layers, values, np.abs(off) > width, band, group="history")
+        return Verdict(layers, values, bad, band, group="history")
 
     def state_dict(self) -> dict[str, Any]:
         return {"table": self._table.state_dict(), "rates": self._rates.state_dict()}
@@ -77,7 +94,7 @@ class _Ratio(Judge):
 @dataclass(frozen=True)
 class _RatioOutOfBand(Rule):
     band: tuple[float, float] = (1e-8, 0.3)
-    decades: float = 1.5
+    decades: float = 2.0
     every: int = 10
     start: tuple[int, int] = (3, 3)
     end: int = 3
@@ -117,7 +134,7 @@ class _RatioOutOfBand(Rule):
 def ratio_out_of_band(
     *,
     band: tuple[float, float] = (1e-8, 0.3),
-    decades: float = 1.5,
+    decades: float = 2.0,
     every: int = 10,
     start: tuple[int, int] = (3, 3),
     end: int = 3,
@@ -126,9 +143,10 @@ def ratio_out_of_band(
 
     Values: `uw_ratio` itself, bad outside `band`; and `uw_ratio` over the geometric mean of the layer's
     last looks (half-life 20), both divided by the layer's learning rate where that is known, so that
-    schedules are silent; bad beyond a factor of 10^decades, or of six standard deviations of its
+    schedules are silent; bad beyond a factor of 10^decades, or of four standard deviations of its
     logarithm where that is more. Ten looks come first. A ratio of 0.3 replaces a layer within a few steps;
-    below 1e-8, the rounding of float32, nothing moves.
+    below 1e-8, the rounding of float32, nothing moves (which is meant where a schedule has come below a
+    hundredth of its highest rate). Leaving a plateau raises ratios up to thirtyfold (`docs/alerts.md`).
 
     The topic is `alerts.ratio_out_of_band`. Cost: that of `uw_ratio()` at each look. NaN (zero weights) is
     left out.
@@ -150,30 +168,53 @@ def ratio_out_of_band(
 
 
 class _Unchanged(Judge):
-    """Layers that had a gradient in the step whose updates come."""
+    """Which layers have a gradient, and what the norm of each layer's weights was."""
 
     def __init__(self) -> None:
-        self._step = -1
-        self._layers: tuple[str, ...] = ()
+        self._gradients: dict[str, int] = {}
+        self._norms: dict[str, tuple[int, float, float]] = {}
 
     def look(self, look: Look) -> Iterable[Verdict]:
-        if look.topic == GRADIENT_NORMS.name:
-            same = look.step == self._step
-            self._layers = (*self._layers, *look.layers) if same else look.layers
-            self._step = look.step
+        if look.topic == UPDATE_NORMS.name:
+            return self._judge(look)
+        if look.topic == WEIGHT_NORMS.name:
+            for layer, norm in zip(look.layers, look.values.tolist(), strict=True):
+                step, now, before = self._norms.get(layer, (-1, math.nan, math.nan))
+                self._norms[layer] = (look.step, norm, before if step == look.step else now)
             return []
-        if look.step != self._step:
-            return []
+        raw = look.topic == RAW_GRADIENT_SIZES.name
+        owners = [_layer_of(name) for name in look.layers] if raw else look.layers
+        self._gradients.update({layer: look.step for layer in owners if layer is not None})
+        return []
+
+    def _judge(self, look: Look) -> Iterable[Verdict]:
         updates = dict(zip(look.layers, look.values.tolist(), strict=True))
-        # A layer with a gradient and no update belongs to no optimizer.
-        values = np.array([updates.get(layer, 0.0) for layer in self._layers])
-        return [Verdict(self._layers, values, values == 0.0, 0.0)]
+        layers = tuple(layer for layer, step in self._gradients.items() if step == look.step)
+        # A layer with a gradient and no update belongs to no optimizer, or to one that did not step.
+        values = np.array([updates.get(layer, 0.0) for layer in layers])
+        stayed = np.array([self._stayed(layer, look.step) for layer in layers], dtype=np.bool_)
+        return [Verdict(layers, values, (values == 0.0) & stayed, 0.0)] if layers else []
+
+    def _stayed(self, layer: str, step: int) -> bool:
+        """Whether nobody has changed the weights since the last look, as far as norms tell."""
+        if not self._norms:
+            return True
+        when, now, before = self._norms.get(layer, (-1, math.nan, math.nan))
+        return when == step and now == before
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "layers": list(self._layers)}
+        norms = {layer: list(entry) for layer, entry in self._norms.items()}
+        return {"gradients": dict(self._gradients), "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step, self._layers = state["step"], tuple(state["layers"])
+        self._gradients = dict(state["gradients"])
+        self._norms = {layer: (entry[0], entry[1], entry[2]) for layer, entry in state["norms"].items()}
+
+
+def _layer_of(parameter: str) -> str | None:
+    """The layer that a parameter is the weight of; None for other parameters."""
+    layer, _, own = parameter.rpartition(".")
+    return layer if own == "weight" else None
 
 
 @dataclass(frozen=True)
@@ -185,7 +226,7 @@ class _UnchangedWeights(Rule):
     name: ClassVar[str] = "unchanged_weights"
 
     def inputs(self) -> tuple[Input, ...]:
-        return (GRADIENT_NORMS, UPDATE_NORMS)
+        return (RAW_GRADIENT_SIZES, GRADIENT_NORMS, _WEIGHT_NORMS, UPDATE_NORMS)
 
     def judge(self) -> Judge:
         return _Unchanged()
@@ -205,13 +246,14 @@ class _UnchangedWeights(Rule):
 def unchanged_weights(*, every: int = 10, start: tuple[int, int] = (3, 3), end: int = 1) -> Rule:
     """Alert where weights have a gradient and yet do not change at all.
 
-    Value: the norm of the update, `weight_updates.norm2`, of layers that are in
-    `weight_gradients.norm2`; bad where it is exactly 0, or where there is no update since no optimizer
-    has the layer. Frozen layers have no gradient and are silent. One step without a change is
+    Value: the norm of the update, `weight_updates.norm2`, of layers that have a gradient. Bad where it
+    is exactly 0, or where there is no update since no optimizer has the layer, and the norm of the weights
+    (`weights.norm2`, where there is one) is what it was at the last look, so that optimizers that take
+    turns are silent. Frozen layers have no gradient and are silent. One step without a change is
     ordinary (a schedule that begins or ends at 0); three looks are not.
 
-    The topic is `alerts.unchanged_weights`. Cost: the norms of gradients and updates at each look. NaN is
-    left out.
+    The topic is `alerts.unchanged_weights`. Cost: the norms of weights, gradients and updates at each
+    look. That a layer without an optimizer has a gradient is known on a Lens only. NaN is left out.
 
     Args:
         every: Looks at steps divisible by this.
