@@ -13,10 +13,11 @@ from reactivex.subject import Subject
 from torch import Tensor, nn
 
 from streamlens.capture.engine import Engine
-from streamlens.capture.view import View
+from streamlens.capture.view import Gate, View
 from streamlens.chain import ErrorReport, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError
-from streamlens.frame import Frame, Kind
+from streamlens.failure import failed
+from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
 from streamlens.session import Batches, Session
@@ -31,12 +32,6 @@ T = TypeVar("T")
 
 _EVERYTHING: Final = View()
 """The view that nothing has narrowed yet."""
-
-
-def _kind_of(view: View) -> Kind | None:
-    """How often a view's frames come, if all its topics agree."""
-    kinds = {spec.kind if (spec := topic_spec(t)) is not None else None for t in view.topics}
-    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _under(name: str, frame: Frame) -> Frame:
@@ -60,7 +55,7 @@ class Lens(Stream):
 
     def __init__(self, engine: Engine, session: Session, view: View = _EVERYTHING) -> None:
         name = f"observe({engine.name!r})" if engine.name else "observe()"
-        super().__init__(None, plan=(name, *view.describe()), runtime=engine, kind=_kind_of(view))
+        super().__init__(None, plan=(name, *view.describe()), runtime=engine, kind=view.kind)
         self.engine = engine
         self.session = session
         self.view = view
@@ -94,6 +89,7 @@ class Lens(Stream):
         between: tuple[int, int | None] | None = None,
         reduction: Reduction | None = None,
         expected: bool | None = None,
+        gate: Gate | None = None,
     ) -> Lens:
         """A lens that asks for less.
 
@@ -104,6 +100,7 @@ class Lens(Stream):
             between: Keep only steps in `[start, stop)`.
             reduction: What becomes of each tensor where it is taken.
             expected: Whether it is worth a report if nothing of a topic comes.
+            gate: Says when it is asked for at all.
 
         Raises:
             UnknownTopicError: A topic that nothing provides.
@@ -125,6 +122,8 @@ class Lens(Stream):
             view = replace(view, start=max(view.start, start), stop=min(stops) if stops else None)
         if expected is not None:
             view = replace(view, expected=expected)
+        if gate is not None:
+            view = replace(view, gates=(*view.gates, gate))
         if reduction is not None:
             target = Lens(self.engine, self.session, view)
             target.check_subscribable()
@@ -387,7 +386,9 @@ class Lens(Stream):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            failed(self.engine, error)
         self.close(timeout=30.0)
 
     def __repr__(self) -> str:

@@ -18,7 +18,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a module imports from its own floor and from those below it.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "frame"}),
-    frozenset({"chain", "layers", "nodes", "notebook", "reductions", "runtime", "sink", "stream", "topics"}),
+    frozenset(
+        {
+            "chain",
+            "failure",
+            "layers",
+            "nodes",
+            "notebook",
+            "reductions",
+            "runtime",
+            "sink",
+            "stream",
+            "topics",
+        }
+    ),
     frozenset({"capture", "delivery", "runs"}),
     frozenset({"distributed", "explain", "lens", "observing", "session"}),
     frozenset({"operators"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,18 @@ class Source(Runtime):
         return self.clock.step
 
     @property
+    def next_step(self) -> int:
+        """The first step of which nothing has been taken yet."""
+        clock = self.clock
+        return clock.step + int(clock.updated or clock.counted)
+
+    @property
+    def batch(self) -> int | None:
+        """The index within its epoch of the batch under way, or of the last; None before the first."""
+        clock = self.clock
+        return clock.batch if clock.in_pass else clock.batch - 1 if clock.batch else None
+
+    @property
     @abstractmethod
     def silent(self) -> bool:
         """Whether nothing is to be emitted now."""
@@ -78,7 +91,14 @@ class Source(Runtime):
         return spec
 
     def subscribe_view(self, view: View, deliver: Callable[[Frame], None]) -> DisposableBase:
-        """Deliver what a view asks for, from the next frame on."""
+        """Deliver what a view asks for, from the next frame on, or while its gates say so."""
+        if view.gates:
+            gate, *others = view.gates
+            inner = replace(view, gates=tuple(others))
+            # Of what is open a part has gone by already.
+            return gate.connect(
+                lambda: self.subscribe_view(replace(inner, start=max(inner.start, self.next_step)), deliver)
+            )
         demand = Demand(view, deliver, current_chain.get(), self.resolve(view))
         derived = [
             self.subscribe_derived(t, self._of_view(demand)) for t in view.topics if t in self._derived

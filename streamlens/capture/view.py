@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from reactivex.abc import DisposableBase
 
 from streamlens.chain import Chain
-from streamlens.frame import Frame
+from streamlens.frame import Frame, Kind
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
 from streamlens.topics import Facet, Phase, topic_spec
 
-__all__ = ["Demand", "View"]
+__all__ = ["Demand", "Gate", "View"]
+
+
+class Gate(Protocol):
+    """What says when a view is asked for at all."""
+
+    @property
+    def plan(self) -> str:
+        """How it shows in a plan."""
+        ...
+
+    def connect(self, connect: Callable[[], DisposableBase]) -> DisposableBase:
+        """Call `connect` whenever the view is to be asked for, and dispose of what it gives when not.
+
+        Args:
+            connect: Asks for the view.
+
+        Returns:
+            What ends all of it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +49,7 @@ class View:
         stop: The step before which it ends, if any.
         reduction: What becomes of each tensor where it is taken.
         expected: Whether it is worth a report if nothing of a topic comes.
+        gates: What says when it is asked for; always if empty.
     """
 
     topics: tuple[str, ...] = ()
@@ -35,6 +59,7 @@ class View:
     stop: int | None = None
     reduction: Reduction | None = None
     expected: bool = True
+    gates: tuple[Gate, ...] = ()
 
     def due(self, step: int) -> bool:
         """Whether a frame of this step is wanted."""
@@ -44,9 +69,15 @@ class View:
         """Whether nothing at or after this step is wanted."""
         return self.stop is not None and step >= self.stop
 
+    @property
+    def kind(self) -> Kind | None:
+        """How often its frames come, if all its topics agree."""
+        kinds = {spec.kind if (spec := topic_spec(t)) is not None else None for t in self.topics}
+        return kinds.pop() if len(kinds) == 1 else None
+
     def describe(self) -> tuple[str, ...]:
         """The view as a plan: one entry an argument that is not the default."""
-        parts: list[str] = []
+        parts: list[str] = [gate.plan for gate in self.gates]
         if self.topics:
             parts.append(f"topic({', '.join(map(repr, self.topics))})")
         parts += [f"layers({selector.describe()})" for selector in self.selectors]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from streamlens.errors import StreamlensError, did_you_mean
+from streamlens.failure import failed
 from streamlens.integrations._observation import Chains, Observation, ObserveOptions
 from streamlens.lens import Lens
 
@@ -159,6 +160,8 @@ class StreamlensCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Training has failed, or was interrupted: what was observed until now is written."""
+        if self._observation.running is not None:
+            failed(self._observation.running.engine, exception)
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

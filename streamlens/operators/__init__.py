@@ -25,6 +25,7 @@ from streamlens.operators.diff import diff
 from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.effective_lr import effective_lr
 from streamlens.operators.ema import ema
+from streamlens.operators.flight_recorder import FlightRecorder, flight_recorder
 from streamlens.operators.gradient_noise_scale import gradient_noise_scale
 from streamlens.operators.gradient_snr import gradient_snr
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
@@ -56,10 +57,12 @@ from streamlens.operators.statistics import (
     var,
     zero_fraction,
 )
+from streamlens.operators.when import when
 from streamlens.operators.window import window
 
 __all__ = [
     "AlignedFrame",
+    "FlightRecorder",
     "absmax",
     "across_layers",
     "adam_moments",
@@ -77,6 +80,7 @@ __all__ = [
     "ema",
     "every",
     "exploding_gradients",
+    "flight_recorder",
     "gradient_noise_scale",
     "gradient_snr",
     "health",
@@ -123,6 +127,7 @@ __all__ = [
     "uw_ratio",
     "vanishing_gradients",
     "var",
+    "when",
     "where",
     "window",
     "zero_fraction",

@@ -43,7 +43,7 @@ def alerts_of(
         streams, left_out = _on_lens(source, rules, lenient=lenient)
         rules = [rule for rule in rules if rule.name not in left_out]
         if not rules:
-            raise StreamlensError(f"{plan}: {'; '.join(left_out.values())}")
+            raise StreamlensError("; ".join(f"{name}() {why}" for name, why in left_out.items()))
         front = merged(source, streams)
     else:
         entries = {entry.name: entry for rule in rules for entry in rule.inputs()}
@@ -97,6 +97,6 @@ def _lacks(rule: Rule, found: dict[str, Stream], lens: Lens) -> str:
     what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)
     remedies = dict.fromkeys(entry.remedy for entry in missing if entry.remedy)
     selected = f" (it has {', '.join(lens.topics)})" if lens.topics else ""
-    return f"{rule.name} looks at {what}, which this lens cannot give{selected}" + "".join(
+    return f"looks at {what}, which this lens cannot give{selected}" + "".join(
         f": {remedy}" for remedy in remedies
     )

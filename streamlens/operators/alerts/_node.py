@@ -54,6 +54,7 @@ class _Watch:
             "threshold": list(verdict.threshold)
             if isinstance(verdict.threshold, tuple)
             else verdict.threshold,
+            **({"of": verdict.group} if verdict.group else {}),
             **verdict.meta,
         }
         if state == "start":
@@ -119,7 +120,7 @@ class RulesNode(Node):
     @property
     def notes(self) -> tuple[str, ...]:
         """Rules that were left out, and those that nothing has come for yet."""
-        notes = [f"left out {name}: {why}" for name, why in self._left_out.items()]
+        notes = [f"left out {name}: it {why}" for name, why in self._left_out.items()]
         if self._runtime.step > 0:
             came = {topic for _, topic in self._seen}
             for rule in self._rules:

@@ -79,8 +79,7 @@ class LossJudge(Judge):
             if found is None:
                 continue
             value, bad, threshold = found
-            meta = {"loss": name} if name else {}
-            yield Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name, meta=meta)
+            yield Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name)
 
     def judge(self, name: str, loss: float) -> tuple[float, bool, float] | None:
         """The value judged, whether it is bad, and the threshold; None if it is too early."""
@@ -176,7 +175,7 @@ def loss_not_decreasing(
     than a tenth within 100 steps (`docs/alerts.md`).
 
     The topic is `alerts.loss_not_decreasing`, of the model itself; several watched losses are judged
-    each by itself, named in `meta`. Cost: one number a step. NaN and inf are left out.
+    each by itself, named in `meta["of"]`. Cost: one number a step. NaN and inf are left out.
 
     Args:
         patience: Looks before it is judged.
@@ -288,7 +287,7 @@ def loss_spike(
     the second losses of small batches, which scatter widely. There must have been 20 looks.
 
     The topic is `alerts.loss_spike`, of the model itself; several watched losses are judged each by
-    itself, named in `meta`. Cost: one number a step. NaN and inf are left out.
+    itself, named in `meta["of"]`. Cost: one number a step. NaN and inf are left out.
 
     Args:
         window: Looks that the loss is compared with.
@@ -363,7 +362,7 @@ def diverging(*, rise: float = 0.5, every: int = 1, start: tuple[int, int] = (10
     below 1.5 times their start (`docs/alerts.md`).
 
     The topic is `alerts.diverging`, of the model itself; several watched losses are judged each by
-    itself, named in `meta`. Cost: one number a step. NaN is left out (see `nonfinite_values`).
+    itself, named in `meta["of"]`. Cost: one number a step. NaN is left out (see `nonfinite_values`).
 
     Args:
         rise: How far the average may rise, in shares of the loss at the start.

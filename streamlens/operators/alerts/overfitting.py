@@ -59,8 +59,7 @@ class _Overfitting(Judge):
 
     @staticmethod
     def _verdict(topic: str, value: float, *, bad: bool, limit: float) -> Verdict:
-        meta = {"of": topic}
-        return Verdict(("",), np.array([value]), np.array([bad]), limit, group=topic, meta=meta)
+        return Verdict(("",), np.array([value]), np.array([bad]), limit, group=topic)
 
     def state_dict(self) -> dict[str, Any]:
         best = {topic: list(pair) for topic, pair in self._best.items()}
