@@ -151,17 +151,17 @@ class _Operator:
         """A X and A'A X, each piece of the matrix read once for both."""
         pieces = max(1, self._matrix.numel() // _PIECE) if self.device.type == "cpu" else 1
         images: list[Tensor] = []
-        back = torch.zeros_like(block)
+        back = torch.zeros_like(block if self._wide else block.mT, memory_format=torch.contiguous_format)
         for piece in self._matrix.tensor_split(pieces, dim=1 if self._wide else 0):
             # Rows times a matrix run along its memory: faster than its transpose times columns.
             if self._wide:
                 image = (block.mT @ piece).mT
-                back += piece @ image
+                back.addmm_(piece, image)
             else:
                 image = piece @ block
-                back += (image.mT @ piece).mT
+                back.addmm_(image.mT, piece)
             images.append(image)
-        return torch.cat(images), back
+        return torch.cat(images), back if self._wide else back.mT
 
 
 def _space(a: _Operator, start: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,14 +193,16 @@ def ritz(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Eigenvalues [layers] (NaN for a matrix that is not finite) and vectors [layers, n, count].
     """
-    finite = matrices.abs().sum((1, 2)).isfinite()
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    safe = torch.where(finite[:, None, None], matrices, eye)
-    if matrices.device.type == "cpu":
-        values, vectors = torch.linalg.eigh(safe)
+    finite = matrices.sum((1, 2)).isfinite()
+    on_host = matrices.device.type == "cpu"
+    if not on_host or not finite.all():
+        eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        matrices = torch.where(finite[:, None, None], matrices, eye)
+    if on_host:
+        values, vectors = torch.linalg.eigh(matrices)
         largest, vectors = values[:, -1], vectors.flip(-1)[:, :, :count]
     else:
-        largest, vectors = ritz_by_squaring(safe, count)
+        largest, vectors = ritz_by_squaring(matrices, count)
     return torch.where(finite, largest.clamp(min=0), math.nan), vectors
 
 
