@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from benchmarks import overhead, run_store, spectral
+from benchmarks import hessian, overhead, run_store, spectral
 
 __all__ = ["main"]
 
@@ -43,6 +43,12 @@ def main() -> None:
         f"spectral norm of 1024 x 1024 under Adam: {found.followed * 1e3:.2f} ms a step, "
         f"1/{found.exact / found.followed:.0f} of the decomposition  (at most 1/50); "
         f"the first {found.first * 1e3:.0f} ms; error at most {found.error:.0e}  (at most 1e-3)"
+    )
+    curvature = hessian.hessian_cost(2 if quick else 6)
+    print(
+        f"five Hessian eigenvalues of 38,000 parameters: {curvature.products:.0f} products, "
+        f"{curvature.evaluation / curvature.gradient:.0f} gradients' time, {curvature.evaluation:.2f} s; "
+        f"error at most {curvature.error:.0e}  (at most 40 products, 1e-3)"
     )
     for key, value in run_store.run().items():
         print(f"run store, {key}: {value:,.1f}")

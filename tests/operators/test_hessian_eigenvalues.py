@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -488,6 +490,27 @@ def test_a_lens_narrowed_to_layers_is_an_error_that_says_how_to_choose_parameter
         pytest.raises(sl.StreamlensError, match=r"whole model.*layers\(\).*pass parameters="),
     ):
         lens.pipe(sl.layers("0"), hessian_eigenvalues(loss=LOSS, batch=(X, Y)))
+
+
+def test_the_copy_is_gone_when_the_evaluation_is_over() -> None:
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    ran = [0]
+
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.add(self)
+            ran[0] += 1
+            return super().forward(x)
+
+    model = Counted(6, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        taken(model, k=2, batch=(X, Y), times=2)
+        assert ran == [2]
+        assert len(alive) == 0
+    finally:
+        gc.enable()
 
 
 def test_attention_by_the_fused_kernel_has_no_second_derivative_of_its_own() -> None:
