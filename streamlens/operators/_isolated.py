@@ -63,6 +63,10 @@ def isolated_copy(model: nn.Module, *others: nn.Module) -> IsolatedCopy:
     for made in copies:
         for tensor in (*made.parameters(), *made.buffers()):
             tensor.data = widened_input(tensor.data)
+        for module in made.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                # Sparse gradients save memory for optimizers that know them; they have no second derivative.
+                module.sparse = False
     return IsolatedCopy(copies, {name: memo[id(p)] for name, p in model.named_parameters()})
 
 

@@ -163,6 +163,18 @@ def test_what_has_not_converged_is_said() -> None:
     assert sum(within) == frame.meta["converged"]
 
 
+def test_an_embedding_with_sparse_gradients_is_one_like_any_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Tanh(), nn.Linear(8, 3))
+    batch = (torch.randint(7, (20, 2)), torch.randint(3, (20,)))
+    (frame,) = taken(model, batch=batch)
+    assert next(iter(model.children())).sparse
+    dense = nn.Sequential(nn.Embedding(7, 4), *list(model.children())[1:])
+    dense.load_state_dict(model.state_dict())
+    exact = eigenvalues(exact_hessian(dense, LOSS, batch))[:5]
+    assert values(frame) == pytest.approx(exact.tolist(), rel=1e-3)
+
+
 def test_a_loss_linear_in_the_parameters_has_no_curvature() -> None:
     (frame,) = taken(nn.Linear(3, 2), batch=(torch.ones(4, 3), None), loss=lambda out, _: out.mean())
     assert values(frame) == [0.0] * 5
