@@ -26,6 +26,8 @@ __all__ = ["Console"]
 _LINE_PAUSE: Final = 1.0
 """Seconds between plain lines."""
 _COLUMN_WIDTH: Final = 12
+_STYLES: Final = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+"""How the sentences of alerts are printed in a terminal, by their severity."""
 
 
 class Console(Sink):
@@ -34,7 +36,8 @@ class Console(Sink):
     In a terminal this is a live table: on top what belongs to the model as a whole (losses and
     accuracies first), below it a row a layer and a column a topic. What the program prints
     meanwhile appears above it. Elsewhere (a file, a pipe, a notebook) it is plain lines: the
-    model's own values, and of other topics the median over the layers.
+    model's own values, and of other topics the median over the layers. The sentence that a frame carries as
+    `meta["text"]`, as alerts do, is a line of its own, at once.
 
     Args:
         total: How many steps the run will take, for the progress bar.
@@ -47,7 +50,7 @@ class Console(Sink):
         ValueError: A number is below 1.
     """
 
-    kinds: ClassVar[frozenset[ValueKind]] = frozenset({"scalar"})
+    kinds: ClassVar[frozenset[ValueKind]] = frozenset({"scalar", "text"})
     max_latency = 0.25
 
     def __init__(
@@ -90,6 +93,9 @@ class Console(Sink):
     def write(self, frames: Sequence[Frame]) -> None:
         """Take the values in; `flush` draws them."""
         for frame in frames:
+            if "text" in frame.meta:
+                self._print_text(frame)
+                continue
             if self.every is not None and self._live is None and self._line_due(frame.step):
                 self._print_line()
             self._latest.update(frame)
@@ -127,6 +133,22 @@ class Console(Sink):
         # One write, so that lines that other threads print are not cut in two.
         self._console.file.write(self._latest.line(self.total) + "\n")
         self._console.file.flush()
+
+    def _print_text(self, frame: Frame) -> None:
+        """Print the sentence of a frame, above the table where there is one."""
+        severity = str(frame.meta.get("severity", ""))
+        over = frame.meta.get("state") == "end"
+        label = "OVER" if over else severity.upper()
+        what = str(frame.meta.get("rule", frame.topic))
+        line = f"step {frame.step}  {label + ' ' if label else ''}{what}: {frame.meta['text']}"
+        if self._live is None:
+            self._console.file.write(line + "\n")
+            self._console.file.flush()
+            return
+        from rich.text import Text
+
+        style = "green" if over else _STYLES.get(severity, "")
+        self._live.console.print(Text(line, style=style))
 
     def _start_live(self, run: RunInfo) -> None:
         from rich.live import Live

@@ -218,7 +218,9 @@ def test_tensors_are_refused_with_the_remedy() -> None:
     assert delivery.flush(5)
     assert delivery.close(5)
     (report,) = reports
-    assert report.startswith("Console shows scalar values, and 'weights' holds vector values: reduce it")
+    assert report.startswith(
+        "Console shows scalar and text values, and 'weights' holds vector values: reduce it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,3 +262,37 @@ def test_without_rich_the_constructor_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install streamlens\[lab\]"):
         Console()
+
+
+def alert(step: int, state: str, severity: str = "warning") -> Frame:
+    meta = {"rule": "dead_units", "severity": severity, "state": state, "text": f"[b]Units[/b] {state}."}
+    return frame("alerts.dead_units", step, ("act",), [0.9], meta=meta)
+
+
+def test_an_alert_is_a_line_of_its_own_at_once_and_no_column() -> None:
+    console = plain()
+    sink = Console(console=console)
+    sink.open(RUN)
+    sink.write([alert(7, "start"), alert(9, "end")])
+    assert text_of(console).splitlines() == [
+        "step 7  WARNING dead_units: [b]Units[/b] start.",
+        "step 9  OVER dead_units: [b]Units[/b] end.",
+    ]
+    sink.close()
+    assert "alerts.dead_units" not in text_of(console)
+
+
+def test_an_alert_appears_above_the_live_table_in_the_colour_of_its_severity(live: Console) -> None:
+    lines = drawn(live, frame("norm", 1, ("fc",), [1.0]), alert(7, "start", "critical"))
+    assert not any("alerts" in line for line in lines)
+    output = text_of(live._console)
+    assert "step 7  CRITICAL dead_units: [b]Units[/b] start." in output
+    assert "\x1b[1;31m" in output
+
+
+def test_a_sentence_that_is_no_alert_is_printed_with_its_topic() -> None:
+    console = plain()
+    sink = Console(console=console)
+    sink.open(RUN)
+    sink.write([frame("note", 3, ("",), [0.0], meta={"text": "hello"})])
+    assert text_of(console) == "step 3  note: hello\n"

@@ -8,6 +8,7 @@ from streamlens.operators.alerts.learning_rates import learning_rate_too_high, l
 from streamlens.operators.alerts.losses import diverging, loss_not_decreasing, loss_spike
 from streamlens.operators.alerts.nonfinite import nonfinite_values
 from streamlens.operators.alerts.overfitting import overfitting
+from streamlens.operators.alerts.sizes import layer_oversized, layer_undersized
 from streamlens.operators.alerts.units import dead_units, saturated_units
 from streamlens.operators.alerts.updates import ratio_out_of_band, unchanged_weights
 
@@ -17,6 +18,8 @@ __all__ = [
     "diverging",
     "exploding_gradients",
     "health",
+    "layer_oversized",
+    "layer_undersized",
     "learning_rate_too_high",
     "learning_rate_too_low",
     "loss_not_decreasing",

@@ -13,7 +13,7 @@ from streamlens.lens import Lens
 from streamlens.nodes import stateful
 from streamlens.operators._base import checked_source
 from streamlens.operators._merge import merged
-from streamlens.operators.alerts._inputs import Input, found_on, plain_ways
+from streamlens.operators.alerts._inputs import Input, Key, found_on, plain_ways
 from streamlens.operators.alerts._node import RulesNode
 from streamlens.operators.alerts._rule import Rule
 from streamlens.stream import Operator, Stream
@@ -46,7 +46,7 @@ def alerts_of(
             raise StreamlensError("; ".join(f"{name}() {why}" for name, why in left_out.items()))
         front = merged(source, streams)
     else:
-        entries = {entry.name: entry for rule in rules for entry in rule.inputs()}
+        entries = {entry.key: entry for rule in rules for entry in rule.inputs()}
         ways: list[Operator] = [way for entry in entries.values() for way in plain_ways(entry)]
         front = merged(checked_source(source), ways)
     runtime = front.runtime
@@ -57,19 +57,19 @@ def alerts_of(
 
 def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[Stream], dict[str, str]]:
     """The inputs' streams, each asked for once, and why rules have to be left out."""
-    asked: dict[str, _Asked] = {}
+    asked: dict[Key, _Asked] = {}
     for rule in rules:
         for entry in rule.inputs():
-            asked.setdefault(entry.name, _Asked(entry)).add(rule, entry, lenient=lenient)
-    found: dict[str, Stream] = {}
-    for name, wish in asked.items():
+            asked.setdefault(entry.key, _Asked(entry)).add(rule, entry, lenient=lenient)
+    found: dict[Key, Stream] = {}
+    for key, wish in asked.items():
         narrowed = lens.narrow(every=wish.every, expected=wish.needed and not lenient)
         stream = found_on(narrowed, wish.entry, compute=wish.compute)
         if stream is not None:
-            found[name] = stream
+            found[key] = stream
     left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens))}
-    kept = {entry.name for rule in rules if rule.name not in left_out for entry in rule.inputs()}
-    return [stream for name, stream in found.items() if name in kept], left_out
+    kept = {entry.key for rule in rules if rule.name not in left_out for entry in rule.inputs()}
+    return [stream for key, stream in found.items() if key in kept], left_out
 
 
 class _Asked:
@@ -88,10 +88,10 @@ class _Asked:
         self.compute = self.compute or rule.cheap or not lenient
 
 
-def _lacks(rule: Rule, found: dict[str, Stream], lens: Lens) -> str:
+def _lacks(rule: Rule, found: dict[Key, Stream], lens: Lens) -> str:
     """What a rule cannot do without and lacks; empty if nothing."""
     needed = [entry for entry in rule.inputs() if entry.needed]
-    missing = [entry for entry in needed if entry.name not in found]
+    missing = [entry for entry in needed if entry.key not in found]
     if not missing or (rule.any_input and len(missing) < len(needed)):
         return ""
     what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)

@@ -27,6 +27,7 @@ from streamlens.stream import Operator, Stream
 __all__ = [
     "ACTIVATION_NORMS",
     "DEAD_SHARES",
+    "EACH_LOSS",
     "FIRST_ACTIVATION_STDS",
     "FIRST_BACKWARD_NORMS",
     "GRADIENT_NORMS",
@@ -38,11 +39,13 @@ __all__ = [
     "UPDATE_RATIO",
     "WEIGHT_NORMS",
     "Input",
+    "Key",
     "found_on",
     "plain_ways",
 ]
 
 Build = Callable[[], Operator]
+Key = tuple[str, bool]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Input:
         name: The topic of its frames, under which a stored or plain stream has it.
         build: Makes the operator that computes it from what a run emits; None for a user's own topic.
         parts: Two stored topics whose quotient it is, if it is one.
-        micro_steps: Whether it comes once a micro-step, to be averaged over the step.
+        micro_steps: Whether it comes once a micro-step and is to be averaged over the step.
         needed: Whether a rule cannot do without.
         remedy: What to do where a run lacks it.
     """
@@ -78,6 +81,11 @@ class Input:
     micro_steps: bool = False
     needed: bool = True
     remedy: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What inputs that are one have in common."""
+        return self.name, self.micro_steps
 
 
 def chained(*operators: Operator) -> Operator:
@@ -119,7 +127,9 @@ LOSS: Final = Input(
     micro_steps=True,
     remedy="pass observe(model, loss=criterion), or write criterion = lens.watch_loss(function)",
 )
-ACTIVATION_NORMS: Final = Input("activations.norm2", lambda: norm("activations"), micro_steps=True)
+EACH_LOSS: Final = Input("loss", LOSS.build, remedy=LOSS.remedy)
+"""The loss of each micro-step, as soon as it is there."""
+ACTIVATION_NORMS: Final = Input("activations.norm2", lambda: norm("activations"))
 FIRST_ACTIVATION_STDS: Final = Input(
     "activations.std", lambda: chained(between(0, 1), std("activations")), micro_steps=True
 )

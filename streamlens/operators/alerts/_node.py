@@ -63,8 +63,9 @@ class _Watch:
         else:
             since = min(self.since.pop((verdict.group, layer), frame.step) for layer in layers)
             meta["since"] = since
-            what = f"{rule.name.replace('_', ' ')} since step {since}"
-            meta["text"] = f"Over: {what}, now {rule.named(verdict, index)}."
+            steps = frame.step - since
+            after = f"{steps} step{'s' * (steps != 1)}"
+            meta["text"] = f"Back to normal after {after}: {rule.named(verdict, index)}."
         return Frame(
             f"alerts.{rule.name}",
             frame.step,
@@ -109,12 +110,12 @@ class RulesNode(Node):
         self._runtime = runtime
         self._rules = rules
         self._left_out = left_out
-        self._routes: dict[str, list[tuple[int, int]]] = {}
+        self._routes: dict[str, list[tuple[int, int, bool]]] = {}
         for i, rule in enumerate(rules):
             for entry in rule.inputs():
-                self._routes.setdefault(entry.name, []).append((i, rule.cadence(entry)))
+                self._routes.setdefault(entry.name, []).append((i, rule.cadence(entry), entry.micro_steps))
         self._watches: dict[str, list[_Watch]] = {}
-        self._seen: dict[tuple[str, str], tuple[int, frozenset[str]]] = {}
+        self._seen: dict[tuple[str, str, Kind], tuple[int, int, frozenset[str]]] = {}
         self._arriving: deque[tuple[Burst, Ticket]] = deque()
 
     @property
@@ -122,7 +123,7 @@ class RulesNode(Node):
         """Rules that were left out, and those that nothing has come for yet."""
         notes = [f"left out {name}: it {why}" for name, why in self._left_out.items()]
         if self._runtime.step > 0:
-            came = {topic for _, topic in self._seen}
+            came = {topic for _, topic, _ in self._seen}
             for rule in self._rules:
                 needed = [entry for entry in rule.inputs() if entry.needed]
                 if came.isdisjoint(entry.name for entry in needed) and came:
@@ -162,14 +163,14 @@ class RulesNode(Node):
 
     def _is_repeated(self, frame: Frame) -> bool:
         """Whether another way to the same topic has brought the same layers of this step already."""
-        key = (frame.source, frame.topic)
-        step, layers = self._seen.get(key, (-1, frozenset()))
-        if step != frame.step:
-            self._seen[key] = (frame.step, frozenset(frame.layers))
+        key = (frame.source, frame.topic, frame.kind)
+        step, micro_step, layers = self._seen.get(key, (-1, -1, frozenset()))
+        if (step, micro_step) != (frame.step, frame.micro_step):
+            self._seen[key] = (frame.step, frame.micro_step, frozenset(frame.layers))
             return False
         if layers.issuperset(frame.layers) and frame.kind is not Kind.EVENT:
             return True
-        self._seen[key] = (step, layers.union(frame.layers))
+        self._seen[key] = (step, micro_step, layers.union(frame.layers))
         return False
 
     def _judge(self, frame: Frame) -> list[Frame]:
@@ -179,8 +180,11 @@ class RulesNode(Node):
         if watches is None:
             watches = self._watches[frame.source] = [_Watch(rule) for rule in self._rules]
         alerts: list[Frame] = []
-        for i, every in self._routes[frame.topic]:
+        for i, every, averaged in self._routes[frame.topic]:
             if frame.kind is not Kind.EVENT and frame.step % every:
+                continue
+            if averaged and frame.kind is Kind.MICRO_STEP:
+                # Its mean over the step follows.
                 continue
             watch = watches[i]
             try:

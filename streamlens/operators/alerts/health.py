@@ -17,6 +17,7 @@ from streamlens.operators.alerts.learning_rates import learning_rate_too_high, l
 from streamlens.operators.alerts.losses import diverging, loss_not_decreasing, loss_spike
 from streamlens.operators.alerts.nonfinite import nonfinite_values
 from streamlens.operators.alerts.overfitting import overfitting
+from streamlens.operators.alerts.sizes import layer_oversized, layer_undersized
 from streamlens.operators.alerts.units import dead_units, saturated_units
 from streamlens.operators.alerts.updates import ratio_out_of_band, unchanged_weights
 from streamlens.stream import Operator
@@ -38,6 +39,8 @@ RULES: Final[Sequence[Callable[[], Rule]]] = (
     unchanged_weights,
     learning_rate_too_high,
     learning_rate_too_low,
+    layer_oversized,
+    layer_undersized,
 )
 """The default set, in the order in which their alerts of one frame come."""
 

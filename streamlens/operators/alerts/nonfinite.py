@@ -11,8 +11,8 @@ import numpy as np
 from streamlens.errors import did_you_mean
 from streamlens.operators.alerts._inputs import (
     ACTIVATION_NORMS,
+    EACH_LOSS,
     GRADIENT_NORMS,
-    LOSS,
     WEIGHT_NORMS,
     Input,
 )
@@ -22,7 +22,7 @@ __all__ = ["nonfinite_values"]
 
 _PHASES: Final[Mapping[str, Input]] = {
     "forward": ACTIVATION_NORMS,
-    "loss": LOSS,
+    "loss": EACH_LOSS,
     "backward": GRADIENT_NORMS,
     "update": WEIGHT_NORMS,
 }
@@ -47,7 +47,7 @@ class _Nonfinite(Judge):
 
     def look(self, look: Look) -> Iterable[Verdict]:
         phase = self._phases.get(look.topic)
-        if phase is None:
+        if phase is None or look.step < self._step:
             return
         if look.step != self._step:
             if self._found is not None and not self._in_step and self._step >= 0:
