@@ -27,7 +27,8 @@ def merged(source: Observable[Frame], sources: Sequence[JoinSource]) -> Stream:
     Returns:
         The stream.
     """
-    wiring = Wiring(source, sources)
+    wiring = Wiring(source, sources, average=False)
+    kinds = {stream.kind for stream in wiring.inputs}
 
     def subscribe(
         observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
@@ -55,6 +56,6 @@ def merged(source: Observable[Frame], sources: Sequence[JoinSource]) -> Stream:
         plan=front.plan,
         runtime=front.runtime,
         lens=front.lens,
-        kind=Kind.EVENT,
+        kind=kinds.pop() if len(kinds) == 1 else Kind.EVENT,
         foreign=any(stream.foreign for stream in wiring.inputs),
     )

@@ -47,9 +47,17 @@ def stand_in(source: Stream) -> Stream:
 
 
 class Wiring:
-    """The inputs of a join, made ready for it."""
+    """The inputs of a join, made ready for it.
 
-    def __init__(self, source: Observable[Frame], sources: Sequence[JoinSource]) -> None:
+    Args:
+        source: The stream in front.
+        sources: The inputs.
+        average: Average micro-steps over their step, unless all inputs come by micro-step.
+    """
+
+    def __init__(
+        self, source: Observable[Frame], sources: Sequence[JoinSource], *, average: bool = True
+    ) -> None:
         self.own_streams = own_streams = all(isinstance(s, Observable) for s in sources)
         self.front = source if isinstance(source, Lens) or own_streams else checked_source(source)
         self.shared = None if isinstance(self.front, Lens) or own_streams else as_stream(self.front)
@@ -58,7 +66,7 @@ class Wiring:
         kinds = {stream.kind for stream in inputs}
         plain = all(stream.lens is None for stream in inputs)
         self.by_micro_step = kinds == {Kind.MICRO_STEP} or (plain and Kind.STEP not in kinds)
-        if not self.by_micro_step:
+        if average and not self.by_micro_step:
             inputs = [average_micro_steps(stream) for stream in inputs]
         self.inputs = inputs
         self.one_burst = all(s.raw and s.kind is Kind.STEP for s in inputs) and (
