@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from benchmarks import hessian, overhead, run_store, spectral
+from benchmarks import health, hessian, overhead, run_store, spectral
 
 __all__ = ["main"]
 
@@ -35,6 +35,12 @@ def main() -> None:
     resnet = overhead.resnet_overhead(2 if quick else 5)
     print(f"ResNet18, batch 128, SGD: step {resnet['bare'].seconds:.2f} s")
     print(f"  streamlens   +{resnet['streamlens'].over:6.2%}  (at most 0.5%)")
+    watched = health.mlp_health(10 if quick else 40)
+    print(
+        f"health() on the MLP: +{watched['health'].over:.1%}; all of it every 10 steps: "
+        f"+{watched['sparser'].over:.1%}"
+    )
+    print(f"health() on the ResNet18: +{health.resnet_health(1 if quick else 3)['health'].over:.1%}")
     print(f"idle lens: {overhead.idle(40 if quick else 200) * 1e6:.0f} us a step  (at most 30)")
     cost = overhead.operators_200_layers(20 if quick else 60)
     print(f"200 layers x 5 operators: {cost * 1e3:.2f} ms a step  (at most 0.6)")

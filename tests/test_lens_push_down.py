@@ -19,8 +19,9 @@ import streamlens as sl
 from streamlens.frame import Frame
 from streamlens.reductions import Reduction
 from streamlens.topics import TOPICS
-from tests._runs import small_model
+from tests._runs import small_model, steps_of
 from tests.helpers.operations import Operations
+from tests.helpers.recording import observed, record
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -317,3 +318,23 @@ def test_two_chains_of_different_cadence_get_each_their_own(order: Sequence[int]
     assert steps == {2: [0, 2, 4, 6], 3: [0, 3, 6]}
     for by_step in norms.values():
         assert by_step == pytest.approx({step: updates[step] for step in by_step}, rel=1e-5)
+
+
+def test_what_has_come_to_its_end_leaves_no_hooks_and_no_copies() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with observed(model) as lens:
+        bare = lens.engine.hook_counts()
+        frames = record(lens, sl.between(0, 2), sl.norm("activations"))
+        record(lens, sl.between(0, 2), sl.norm("weight_updates"))
+        before = lens.state_dict()
+        assert lens.engine.hook_counts() != bare
+        for _ in steps_of(model, optimizer, 4):
+            pass
+        assert lens.engine.hook_counts() == bare
+        assert lens.engine.updates.bytes_held == 0
+        # Back before the end, it is wanted again.
+        lens.load_state_dict(before)
+        for _ in steps_of(model, optimizer, 4):
+            pass
+    assert [frame.step for frame in frames] == [0, 1, 0, 1]

@@ -179,7 +179,7 @@ class Engine(Source):
         """Bring the hooks on parts of the model in line with the demands."""
         phases = {spec.phase for topic in self.topics if (spec := topic_spec(topic)) is not None}
         parts = bool(phases & {Phase.MODULE, Phase.BATCH, Phase.LOSS})
-        self.forward.install(self.demands, parts=parts or self.passes.parts_needed)
+        self.forward.install(self.live, parts=parts or self.passes.parts_needed)
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -197,8 +197,9 @@ class Engine(Source):
         counted = self.clock.counted
         closed = self.clock.close_step()
         self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
-        if any(d.view.over(self.clock.step) for d in self.demands):
-            self.updates.reset()
+        if any(d.view.stop == self.clock.step for d in self.demands):
+            # What has come to its end needs no hooks any more, nor copies.
+            self.demands_changed()
         if counted:
             self.absent.check(closed)
 
@@ -295,7 +296,7 @@ class Engine(Source):
         self.clock.load_state_dict(state["clock"])
         self.updates.partners.load_state_dict(state["optimizers"])
         self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
-        self._due_step = -1
+        self.demands_changed()
         self.load_chain_states(state["chains"])
 
     def shut_down(self, timeout: float | None = None) -> bool:

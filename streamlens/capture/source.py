@@ -133,10 +133,16 @@ class Source(Runtime):
             self._due = due if due != self._due else self._due
         return self._due
 
+    @property
+    def live(self) -> list[Demand]:
+        """The demands that still want something, at this step or later."""
+        return [demand for demand in self.demands if not demand.view.over(self.clock.step)]
+
     def demands_changed(self) -> None:
         """A subscription has come or gone."""
-        self.idle = not self.demands
-        self.topics = frozenset(t for d in self.demands for t in d.view.topics)
+        live = self.live
+        self.idle = not live
+        self.topics = frozenset(t for d in live for t in d.view.topics)
         self._due = ()
         self._due_step = -1
 

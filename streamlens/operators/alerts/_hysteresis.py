@@ -22,12 +22,15 @@ class Hysteresis:
         n: Bad looks that start an alert.
         m: Looks among which they have to be.
         end: Good looks in a row that end it.
+
+    Attributes:
+        calm: Whether nothing is open and no look remembered was bad: then a good look changes nothing.
     """
 
     def __init__(self, n: int, m: int, end: int) -> None:
         self._n, self._m, self._end = n, m, end
         self._table = LayerTable({"recent": [0.0] * m, "good": 0.0, "open": 0.0})
-        self._calm = True
+        self.calm = True
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -46,10 +49,6 @@ class Hysteresis:
             Masks over the layers: whose alert starts, and whose ends.
         """
         bad = bad & known
-        if self._calm and not bad.any():
-            # What every look of a healthy run comes to.
-            none = np.zeros(len(layers), dtype=np.bool_)
-            return none, none
         rows = self._table.rows(layers)
         recent, good, open_ = self._table["recent"], self._table["good"], self._table["open"]
         seen = rows[known]
@@ -62,7 +61,7 @@ class Hysteresis:
         open_[rows[starts]] = 1.0
         open_[rows[ends]] = 0.0
         recent[rows[ends]] = 0.0
-        self._calm = not (recent.any() or open_.any())
+        self.calm = not (recent.any() or open_.any())
         return starts, ends
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,4 +71,4 @@ class Hysteresis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self._table.load_state_dict(state["table"])
-        self._calm = not (self._table["recent"].any() or self._table["open"].any())
+        self.calm = not (self._table["recent"].any() or self._table["open"].any())

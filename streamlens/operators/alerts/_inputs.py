@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 from reactivex import Observable
-from torch import Tensor, nn
+from torch import nn
 
 from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError
 from streamlens.frame import Frame
@@ -21,7 +21,6 @@ from streamlens.operators.per_step import per_step
 from streamlens.operators.ratio import divided, uw_ratio
 from streamlens.operators.selection import LayerPick, between, layers, topic
 from streamlens.operators.statistics import norm, reduction_operator, std
-from streamlens.reductions import Reduction, Statistic, Statistics
 from streamlens.stream import Operator, Stream
 
 __all__ = [
@@ -33,11 +32,11 @@ __all__ = [
     "GRADIENT_NORMS",
     "LEARNING_RATE",
     "LOSS",
-    "RAW_GRADIENT_SIZES",
     "SATURATED_SHARES",
     "UPDATE_NORMS",
     "UPDATE_RATIO",
     "WEIGHT_NORMS",
+    "WITH_GRADIENT",
     "Input",
     "Key",
     "found_on",
@@ -46,20 +45,6 @@ __all__ = [
 
 Build = Callable[[], Operator]
 Key = tuple[str, bool]
-
-
-@dataclass(frozen=True)
-class _Size(Reduction):
-    """How many elements a tensor has: that it is there, at no cost."""
-
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("count"),)
-
-    @property
-    def name(self) -> str:
-        return "size"
-
-    def finish(self, statistics: Statistics, count: Tensor) -> Tensor:
-        return count
 
 
 @dataclass(frozen=True)
@@ -115,12 +100,7 @@ WEIGHT_NORMS: Final = Input("weights.norm2", lambda: norm("weights"))
 UPDATE_NORMS: Final = Input("weight_updates.norm2", lambda: norm("weight_updates"))
 UPDATE_RATIO: Final = Input("uw_ratio", uw_ratio, ("weight_updates.norm2", "weights.norm2"))
 LEARNING_RATE: Final = Input("learning_rate", lambda: topic("learning_rate"), needed=False)
-RAW_GRADIENT_SIZES: Final = Input(
-    "raw_gradients.size",
-    lambda: reduction_operator(_Size(), "raw_gradients", "size"),
-    micro_steps=True,
-    needed=False,
-)
+WITH_GRADIENT: Final = Input("weights.with_gradient", lambda: _with_gradient, needed=False)
 LOSS: Final = Input(
     "loss",
     lambda: topic("loss"),
@@ -136,6 +116,21 @@ FIRST_ACTIVATION_STDS: Final = Input(
 FIRST_BACKWARD_NORMS: Final = Input(
     "layer_gradients.norm2", lambda: chained(between(0, 1), norm("layer_gradients")), micro_steps=True
 )
+
+
+def _with_gradient(source: Observable[Frame]) -> Stream:
+    """The norms of the weights that have a gradient, whether or not an optimizer has them."""
+    stream = norm("weights")(source)
+    if not isinstance(stream, Lens):
+        raise UnknownTopicError("only a lens knows its model's gradients")
+
+    def pick(frame: Frame) -> Frame | None:
+        modules = stream.module_classes()
+        weights = ((name, getattr(modules.get(name), "weight", None)) for name in frame.layers)
+        there = tuple(name for name, weight in weights if getattr(weight, "grad", None) is not None)
+        return frame.select(there).replace(topic="weights.with_gradient") if there else None
+
+    return frame_operator(stream, pick, "with_gradient")
 
 
 def _saturation() -> Operator:

@@ -34,10 +34,15 @@ class _Watch:
         """The alerts that a look starts and ends."""
         for verdict in self.judge.look(look):
             known = ~np.isnan(verdict.values) if verdict.known is None else verdict.known
-            skip(len(known) - int(known.sum()))
+            unknown = len(known) - int(np.count_nonzero(known))
+            if unknown:
+                skip(unknown)
             hysteresis = self.groups.get(verdict.group)
             if hysteresis is None:
                 hysteresis = self.groups[verdict.group] = Hysteresis(*self.rule.start, self.rule.end)
+            if hysteresis.calm and not verdict.bad.any():
+                # What every look of a healthy run comes to.
+                continue
             starts, ends = hysteresis.look(verdict.layers, verdict.bad, known)
             if starts.any():
                 yield self._alert(frame, verdict, np.flatnonzero(starts).tolist(), "start")

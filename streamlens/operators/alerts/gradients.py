@@ -150,7 +150,7 @@ class _Exploding(Judge):
 @dataclass(frozen=True)
 class _ExplodingGradients(Rule):
     factor: float = 30.0
-    floor: float = 0.5
+    floor: float = 1.0
     above: float = 100.0
     every: int = 1
     start: tuple[int, int] = (1, 1)
@@ -193,7 +193,7 @@ _WEIGHTS: Final = Input("weights.norm2", WEIGHT_NORMS.build, needed=False)
 def exploding_gradients(
     *,
     factor: float = 30.0,
-    floor: float = 0.5,
+    floor: float = 1.0,
     above: float = 100.0,
     every: int = 1,
     start: tuple[int, int] = (1, 1),

@@ -14,7 +14,8 @@ from streamlens.operators.alerts._rule import Rule
 from streamlens.operators.alerts.gradients import exploding_gradients, vanishing_gradients
 from streamlens.operators.alerts.initialisation import poor_initialisation
 from streamlens.operators.alerts.learning_rates import learning_rate_too_high, learning_rate_too_low
-from streamlens.operators.alerts.losses import diverging, loss_not_decreasing, loss_spike
+from streamlens.operators.alerts.loss_spike import loss_spike
+from streamlens.operators.alerts.losses import diverging, loss_not_decreasing
 from streamlens.operators.alerts.nonfinite import nonfinite_values
 from streamlens.operators.alerts.overfitting import overfitting
 from streamlens.operators.alerts.sizes import layer_oversized, layer_undersized

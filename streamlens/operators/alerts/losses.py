@@ -1,114 +1,22 @@
-"""`loss_not_decreasing`, `loss_spike` and `diverging`: what the training loss does."""
+"""`loss_not_decreasing` and `diverging`: where the training loss goes."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, ClassVar, Final
+from typing import ClassVar
 
 import numpy as np
 
 from streamlens.operators.alerts._inputs import LOSS, Input
-from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict, number
+from streamlens.operators.alerts._losses import Tracked
+from streamlens.operators.alerts._rule import Judge, Rule, Severity, Verdict, number
 
-__all__ = ["LossTrack", "diverging", "loss_not_decreasing", "loss_spike"]
-
-_FIRST: Final = 5
-"""Looks whose median is the loss at the start."""
+__all__ = ["diverging", "loss_not_decreasing"]
 
 
-class LossTrack:
-    """One loss over time: where it started, its moving average, and the least that this has been.
-
-    Args:
-        half_life: Looks after which the weight of a loss in the average has halved.
-    """
-
-    def __init__(self, half_life: float) -> None:
-        self._rate = 1 - 0.5 ** (1 / half_life)
-        self.looks = 0
-        self.average = math.nan
-        self.least = math.inf
-        self._first: list[float] = []
-
-    @property
-    def initial(self) -> float:
-        """The loss at the start: the median of the first five."""
-        return median(self._first) if self._first else math.nan
-
-    @property
-    def settled(self) -> bool:
-        """Whether the start is known."""
-        return len(self._first) == _FIRST
-
-    def take(self, loss: float) -> None:
-        """Take in a finite loss."""
-        self.looks += 1
-        if len(self._first) < _FIRST:
-            self._first.append(loss)
-        rate = max(self._rate, 1 / self.looks)
-        self.average = loss if self.looks == 1 else self.average + rate * (loss - self.average)
-        if self.settled:
-            self.least = min(self.least, self.average)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {
-            "looks": self.looks,
-            "average": self.average,
-            "least": self.least,
-            "first": list(self._first),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self.looks, self.average = state["looks"], state["average"]
-        self.least, self._first = state["least"], list(state["first"])
-
-
-class LossJudge(Judge):
-    """Judges each loss that is watched by itself."""
-
-    def look(self, look: Look) -> Iterator[Verdict]:
-        """A verdict a loss."""
-        for name, loss in zip(look.components or ("",), look.values.ravel().tolist(), strict=False):
-            found = self.judge(name, loss)
-            if found is None:
-                continue
-            value, bad, threshold = found
-            yield Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name)
-
-    def judge(self, name: str, loss: float) -> tuple[float, bool, float] | None:
-        """The value judged, whether it is bad, and the threshold; None if it is too early."""
-        raise NotImplementedError
-
-
-class _Tracked(LossJudge):
-    """A judge that goes by each loss's track."""
-
-    def __init__(self, half_life: float) -> None:
-        self._half_life = half_life
-        self._tracks: dict[str, LossTrack] = {}
-
-    def track(self, name: str) -> LossTrack:
-        track = self._tracks.get(name)
-        if track is None:
-            track = self._tracks[name] = LossTrack(self._half_life)
-        return track
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tracks": {name: track.state_dict() for name, track in self._tracks.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._tracks = {}
-        for name, saved in state["tracks"].items():
-            self.track(name).load_state_dict(saved)
-
-
-class _NotDecreasing(_Tracked):
+class _NotDecreasing(Tracked):
     def __init__(self, patience: int, fall: float) -> None:
         super().__init__(half_life=patience / 15)
         self._patience, self._fall = patience, fall
@@ -193,120 +101,7 @@ def loss_not_decreasing(
     return _LossNotDecreasing(patience=patience, fall=fall, every=every, start=start, end=end)
 
 
-class _Spike(_Tracked):
-    """The last losses; one that is a spike stays out of them."""
-
-    def __init__(self, window: int, share: float, factor: float) -> None:
-        super().__init__(half_life=1.0)
-        self._window, self._share, self._factor = window, share, factor
-        self._recent: dict[str, deque[float]] = {}
-        self._spikes: dict[str, int] = {}
-
-    def judge(self, name: str, loss: float) -> tuple[float, bool, float] | None:
-        if not math.isfinite(loss):
-            return (math.nan, False, math.nan)
-        track = self.track(name)
-        recent = self._recent.setdefault(name, deque(maxlen=self._window))
-        if len(recent) < 20:
-            track.take(loss)
-            recent.append(loss)
-            return None
-        middle = float(np.median(recent))
-        jump = self._share * max(abs(track.initial), abs(middle))
-        threshold = max(middle + jump, middle + self._factor * (max(recent) - middle))
-        bad = loss > threshold
-        self._spikes[name] = self._spikes.get(name, 0) + 1 if bad else 0
-        if self._spikes[name] >= self._window:
-            # It has stayed up for so long that this is how it is now.
-            recent.clear()
-            self._spikes[name] = 0
-        if not bad:
-            recent.append(loss)
-        return loss, bad, threshold
-
-    def state_dict(self) -> dict[str, Any]:
-        recent = {name: list(losses) for name, losses in self._recent.items()}
-        return {**super().state_dict(), "recent": recent, "spikes": dict(self._spikes)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._recent = {n: deque(losses, maxlen=self._window) for n, losses in state["recent"].items()}
-        self._spikes = dict(state["spikes"])
-
-
-@dataclass(frozen=True)
-class _LossSpike(Rule):
-    window: int = 100
-    share: float = 0.4
-    factor: float = 1.5
-    every: int = 1
-    start: tuple[int, int] = (1, 1)
-    end: int = 5
-
-    name: ClassVar[str] = "loss_spike"
-
-    def check(self) -> None:
-        self.check_count(window=self.window)
-        self.check_positive(share=self.share, factor=self.factor)
-
-    def inputs(self) -> tuple[Input, ...]:
-        return (LOSS,)
-
-    def judge(self) -> Judge:
-        return _Spike(self.window, self.share, self.factor)
-
-    def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
-        return (
-            f"The loss has jumped to {number(verdict.values[0])}, above "
-            f"{number(float(np.max(verdict.threshold)))}, which is beyond what its last {self.window} looks "
-            "make likely"
-        )
-
-    @property
-    def advice(self) -> str:
-        return (
-            "Look at the batch of this step for broken examples; if spikes come back, clip gradients, lower "
-            "the learning rate or, with Adam, beta2"
-        )
-
-
-def loss_spike(
-    *,
-    window: int = 100,
-    share: float = 0.4,
-    factor: float = 1.5,
-    every: int = 1,
-    start: tuple[int, int] = (1, 1),
-    end: int = 5,
-) -> Rule:
-    """Alert where the loss jumps far above where it was.
-
-    Value: `loss`. Bad where it is above the median of its last `window` looks (spikes left out) both by
-    `share` of the loss at the start (or of that median, if larger) and by `factor` times what the
-    largest of them was above it. The first keeps small losses silent, whose batches differ by factors;
-    the second losses of small batches, which scatter widely. There must have been 20 looks.
-
-    The topic is `alerts.loss_spike`, of the model itself; several watched losses are judged each by
-    itself, named in `meta["of"]`. Cost: one number a step. NaN and inf are left out.
-
-    Args:
-        window: Looks that the loss is compared with.
-        share: How far above their median it may be, in shares of the loss at the start.
-        factor: How many times as far above their median as the largest of them it may be.
-        every: Looks at steps divisible by this.
-        start: `(n, m)`: an alert starts once n of the last m looks were bad.
-        end: It ends after as many good looks in a row.
-
-    Returns:
-        The rule, an operator for a Lens or for a stream with `loss`.
-
-    Raises:
-        ValueError: A parameter out of range.
-    """
-    return _LossSpike(window=window, share=share, factor=factor, every=every, start=start, end=end)
-
-
-class _Diverging(_Tracked):
+class _Diverging(Tracked):
     def __init__(self, rise: float) -> None:
         super().__init__(half_life=5)
         self._rise = rise

@@ -54,10 +54,10 @@ class _Nonfinite(Judge):
                 yield self._verdict(bad=False)
                 self._found = None
             self._step, self._in_step = look.step, False
+        if np.isfinite(look.values).all():
+            return
         values = look.values.reshape(len(look.layers), -1)
         wrong = ~np.isfinite(values).all(axis=1)
-        if not wrong.any():
-            return
         self._in_step = True
         if self._found is None:
             # Backwards a layer comes the sooner the later it stands in the model.

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from streamlens.operators.alerts._inputs import LOSS, Input
+from streamlens.operators.alerts._losses import LossTrack
 from streamlens.operators.alerts._rule import Judge, Look, Rule, Verdict, number
-from streamlens.operators.alerts.losses import LossTrack
 
 __all__ = ["overfitting"]
 

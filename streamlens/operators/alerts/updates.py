@@ -12,10 +12,10 @@ import numpy as np
 from streamlens.operators.alerts._inputs import (
     GRADIENT_NORMS,
     LEARNING_RATE,
-    RAW_GRADIENT_SIZES,
     UPDATE_NORMS,
     UPDATE_RATIO,
     WEIGHT_NORMS,
+    WITH_GRADIENT,
     Input,
 )
 from streamlens.operators.alerts._layers import Array, LayerTable
@@ -182,9 +182,7 @@ class _Unchanged(Judge):
                 step, now, before = self._norms.get(layer, (-1, math.nan, math.nan))
                 self._norms[layer] = (look.step, norm, before if step == look.step else now)
             return []
-        raw = look.topic == RAW_GRADIENT_SIZES.name
-        owners = [_layer_of(name) for name in look.layers] if raw else look.layers
-        self._gradients.update({layer: look.step for layer in owners if layer is not None})
+        self._gradients.update(dict.fromkeys(look.layers, look.step))
         return []
 
     def _judge(self, look: Look) -> Iterable[Verdict]:
@@ -211,12 +209,6 @@ class _Unchanged(Judge):
         self._norms = {layer: (entry[0], entry[1], entry[2]) for layer, entry in state["norms"].items()}
 
 
-def _layer_of(parameter: str) -> str | None:
-    """The layer that a parameter is the weight of; None for other parameters."""
-    layer, _, own = parameter.rpartition(".")
-    return layer if own == "weight" else None
-
-
 @dataclass(frozen=True)
 class _UnchangedWeights(Rule):
     every: int = 10
@@ -226,7 +218,7 @@ class _UnchangedWeights(Rule):
     name: ClassVar[str] = "unchanged_weights"
 
     def inputs(self) -> tuple[Input, ...]:
-        return (RAW_GRADIENT_SIZES, GRADIENT_NORMS, _WEIGHT_NORMS, UPDATE_NORMS)
+        return (WITH_GRADIENT, GRADIENT_NORMS, _WEIGHT_NORMS, UPDATE_NORMS)
 
     def judge(self) -> Judge:
         return _Unchanged()
