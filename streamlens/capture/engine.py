@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from streamlens.capture import losses, pass_hooks, root
 from streamlens.capture.absent import Absent
+from streamlens.capture.compiled import CompiledPasses, hook_guards, prepare_compiler
 from streamlens.capture.copies import Copy
 from streamlens.capture.forward import ForwardCapture
 from streamlens.capture.losses import LossCapture
@@ -93,6 +95,7 @@ class Engine(Source):
         self.paused = 0
         self._suppressed = 0
         self.threads = Threads(self)
+        self.compiled = CompiledPasses(self)
         self.passes = PassWatch(self)
         self.forward = ForwardCapture(self)
         self.losses = LossCapture(self)
@@ -100,6 +103,8 @@ class Engine(Source):
         self.updates = UpdateCapture(self, optimizers)
         self._root = RootHooks(self)
         if not self.inert:
+            prepare_compiler((*root.HOOKS, *pass_hooks.HOOKS, *losses.HOOKS, Engine.guard.__code__))
+            hook_guards.watch(self.compiled, tuple(model.modules()))
             self._root.install(model)
             step_watch().add(self.updates)
 
@@ -330,6 +335,7 @@ class Engine(Source):
         # the model stay too, so that its next forward comes back here.
         if step_watch().discard(self.updates):
             self._root.remove()
+        hook_guards.unwatch(self.compiled)
         # A lens that is kept keeps no parameters.
         self.copies.clear()
         self.index = ModelIndex(nn.Module())

@@ -12,12 +12,13 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture.hooks import first_tensor
 from streamlens.capture.interned import Interned
-from streamlens.capture.pass_hooks import AccumulateHook, GradientHook, ModuleHook, PartBegins, PartEnds
+from streamlens.capture.module_hooks import ModuleHooks
+from streamlens.capture.pass_hooks import AccumulateHook, GradientHook
 from streamlens.capture.pass_plan import PASS_TOPICS, PassOutput, PassPlan, compile_pass, layers_by_topic
 from streamlens.capture.table import Needs, Table
 from streamlens.errors import OverwrittenActivationError
@@ -48,7 +49,7 @@ class ForwardCapture:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._modules = ModuleHooks(engine)
         self._parameter_handles: list[RemovableHandle] = []
         self._leaf_handles: list[RemovableHandle] = []
         self._plans: dict[tuple[int, ...], PassPlan] = {}
@@ -72,6 +73,7 @@ class ForwardCapture:
     def begin_pass(self, due: Sequence[Demand]) -> None:
         """A new micro-step begins, for which these demands are due."""
         self._sides = {side: _Side() for side in PASS_TOPICS}
+        self._engine.compiled.begin_pass()
         self._repeated = {}
         self._batch_calls = {}
         self.provisional.clear()
@@ -104,38 +106,20 @@ class ForwardCapture:
                 if topic in wanted:
                     layers = demand.layers.get(topic)
                     wanted[topic] |= layers_by_topic(self._engine.index)[topic] if layers is None else layers
-        taps = wanted["activations"] | wanted["layer_gradients"]
-        index = self._engine.index
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
-        self._handles = {}
-        for name, module in index.modules.items():
-            if name in taps:
-                # The model's own comes before the hook that ends the forward.
-                tap = module.register_forward_hook(ModuleHook(self._engine, name), prepend=not name)
-                self._handles[name] = [tap]
-            if parts and name:
-                self._handles.setdefault(name, []).extend(self._part_hooks(name, module))
+        self._modules.install(wanted["activations"], wanted["layer_gradients"], parts=parts)
         for handle in self._parameter_handles:
             handle.remove()
         self._parameter_handles = [
             entry.parameter.register_post_accumulate_grad_hook(AccumulateHook(self._engine))
-            for entry in index.entries
+            for entry in self._engine.index.entries
             if entry.name in wanted["raw_gradients"] and entry.parameter.requires_grad
-        ]
-
-    def _part_hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        return [
-            module.register_forward_pre_hook(PartBegins(self._engine, name), with_kwargs=True),
-            module.register_forward_hook(PartEnds(self._engine, name), always_call=True),
         ]
 
     def remove(self) -> None:
         """Remove every hook and let go of what was gathered."""
-        for handle in [h for hs in self._handles.values() for h in hs] + self._parameter_handles:
+        self._modules.remove()
+        for handle in self._parameter_handles:
             handle.remove()
-        self._handles = {}
         self._parameter_handles = []
         self._unhook_leaves()
         self._plans.clear()
@@ -145,38 +129,52 @@ class ForwardCapture:
     @property
     def hooks(self) -> int:
         """Hooks in place on parts of the model."""
-        return sum(map(len, self._handles.values())) + len(self._parameter_handles)
+        return self._modules.count + len(self._parameter_handles)
 
     # -- while a pass runs -------------------------------------------------------------------
 
     def output_of(self, name: str, output: Any) -> None:
         """A module has returned."""
         plan = self.plan
-        if plan is None:
-            return
-        need, need_gradient = plan.needs["activations"].get(name), plan.needs["layer_gradients"].get(name)
-        raw = name in plan.raw["activations"]
-        if not (need or raw or need_gradient or name in plan.raw["layer_gradients"]):
+        if plan is None or not plan.takes(name):
             return
         tensor = first_tensor(output)
         if tensor is None:
             return
+        key = self.take_output(name, tensor)
+        if key is not None and tensor.requires_grad and plan.takes_gradient(name):
+            place = tensor.output_nr if tensor.grad_fn is not None else 0
+            hook = GradientHook(self._engine, name, key, self._engine.clock.passes, place)
+            self.hook_tensor(tensor, hook)
+
+    def take_output(self, name: str, tensor: Tensor, *, lent: bool = False) -> str | None:
+        """Take what is wanted of a module's output.
+
+        Args:
+            name: The module.
+            tensor: Its output.
+            lent: Whether its memory will be used for something else after this call.
+
+        Returns:
+            The key of this call of the module; None if nothing is wanted of it.
+        """
+        plan = self.plan
+        if plan is None or not plan.takes(name):
+            return None
         call = self._repeated.get(name, 0)
         self._repeated[name] = call + 1
         key = f"{name}@{call}" if call else name
-        side = self._sides["activations"]
+        need, raw = plan.needs["activations"].get(name), name in plan.raw["activations"]
         if need or raw:
+            side = self._sides["activations"]
             value = tensor.detach()
             side.calls[key] = name
             if need:
                 side.table.measure(key, value, need, self._layer_error)
             if raw:
-                fixed = name in self._overwritten or tensor.is_inference()
+                fixed = lent or name in self._overwritten or tensor.is_inference()
                 side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
-        if (need_gradient or name in plan.raw["layer_gradients"]) and tensor.requires_grad:
-            place = tensor.output_nr if tensor.grad_fn is not None else 0
-            hook = GradientHook(self._engine, name, key, self._engine.clock.passes, place)
-            self.hook_tensor(tensor, hook)
+        return key
 
     def hook_tensor(self, tensor: Tensor, hook: Callable[[tuple[Tensor | None, ...]], None]) -> None:
         """Have `hook` called with the gradients of an output's node, this output's among them.
@@ -196,8 +194,16 @@ class ForwardCapture:
             handle.remove()
         self._leaf_handles.clear()
 
-    def gradient_of(self, name: str, key: str, passes: int, gradient: Tensor) -> None:
-        """The gradient of a module's output has been computed, perhaps on another thread."""
+    def gradient_of(self, name: str, key: str, passes: int, gradient: Tensor, *, lent: bool = False) -> None:
+        """The gradient of a module's output has been computed, perhaps on another thread.
+
+        Args:
+            name: The module.
+            key: Of the call of it.
+            passes: The pass that this call was in.
+            gradient: The gradient.
+            lent: Whether its memory will be used for something else after this call.
+        """
         plan = self.plan
         if plan is None or passes != self._engine.clock.passes:
             return
@@ -215,7 +221,7 @@ class ForwardCapture:
         if need:
             side.table.measure(key, value, need, self._layer_error)
         if name in plan.raw["layer_gradients"]:
-            side.raw[key] = (value, -1)
+            side.raw[key] = (value.clone() if lent else value, -1)
 
     def drop_provisional(self) -> None:
         """Forget gradients of `create_graph=True`: the backward of the loss has begun."""

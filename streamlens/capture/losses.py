@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch.nn.modules.loss import _Loss
 from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture.hooks import Hook, first_tensor
+from streamlens.capture.traced import trace_loss
 from streamlens.frame import Kind
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
 
-__all__ = ["LossCapture", "loss_of_output"]
+__all__ = ["HOOKS", "LossCapture", "loss_of_output"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,10 +59,14 @@ class LossCapture:
         name = self._name(getattr(loss, "__name__", type(loss).__name__))
         engine = self._engine
 
+        compiled = _keys(engine, name)
+
         @functools.wraps(loss)
         def watched(*args: P.args, **kwargs: P.kwargs) -> R:
             result = loss(*args, **kwargs)
-            if not engine.closed:
+            if torch.compiler.is_compiling():
+                trace_loss(*compiled, result, _labels(args, kwargs))
+            elif not engine.closed:
                 engine.guard(engine.losses.computed, name, args, kwargs, result)
             return result
 
@@ -94,11 +99,25 @@ class LossCapture:
         if value is None or not value.requires_grad:
             return
         engine.passes.watch_backward(value)
-        labels = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
         self.take(name, value)
-        target = first_tensor(labels) if labels is not None else None
+        target = first_tensor(_labels(args, kwargs))
         if target is not None:
             self.take_labels(target)
+
+    def computed_from(self, name: str, value: Tensor, labels: Tensor | None) -> None:
+        """Compiled code has computed a watched loss; its backward is told by itself."""
+        passes = self._engine.passes
+        if passes.watches_passes and passes.loss_counts():
+            self.take(name, value)
+            if labels is not None:
+                self.take_labels(labels)
+
+    def take_own(self, value: Tensor, labels: Tensor | None) -> None:
+        """Note the loss that a model's output carries, unless the user has named one."""
+        if not self.watched and self._engine.due_now and self._engine.passes.watches_passes:
+            self.take("loss", value)
+            if labels is not None:
+                self.take_labels(labels)
 
     def take_labels(self, labels: Tensor) -> None:
         """Emit the labels that came with a loss."""
@@ -157,15 +176,32 @@ def loss_of_output(output: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) else None
 
 
+def _labels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The labels among the arguments of a loss."""
+    return args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
+
+
+def _keys(engine: Engine, name: str) -> tuple[str, str]:
+    """How compiled code names a loss, and a backward through it."""
+    return engine.compiled.key("loss", name), engine.compiled.key("backward", name)
+
+
 class _LossHook(Hook):
     """Forward hook of a loss module."""
 
-    __slots__ = ("engine", "name")
+    __slots__ = ("compiled", "engine", "name")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        self.compiled = _keys(engine, name)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.engine.closed:
+        if torch.compiler.is_compiling():
+            trace_loss(*self.compiled, output, _labels(args, kwargs))
+        elif not self.engine.closed:
             self.engine.guard(self.engine.losses.computed, self.name, args, kwargs, output)
+
+
+HOOKS: Final = (_LossHook.__call__.__code__,)
+"""The code of this hook, which the compiler must not compile by itself."""

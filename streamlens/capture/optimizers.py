@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -22,6 +21,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from streamlens.capture.compiled import undisturbed
 from streamlens.topics import Facet
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class StepWatch:
             self._listeners = (*self._others(listener), weakref.ref(listener))
             if not self._handles:
                 self._handles = [
-                    register_optimizer_step_pre_hook(self._before),
-                    register_optimizer_step_post_hook(self._after),
+                    register_optimizer_step_pre_hook(undisturbed(self._before)),
+                    register_optimizer_step_post_hook(undisturbed(self._after)),
                 ]
 
     def discard(self, listener: StepListener) -> bool:
@@ -121,8 +121,6 @@ class StepWatch:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
-            return None
         stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
         if stack and _steps_below(sys._getframe()) <= 1:
             # An earlier step raised, so that its hook for the end never ran.
@@ -147,7 +145,7 @@ class StepWatch:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stack: list[_Entered] = self._local.__dict__.setdefault("stack", [])
-        if torch.compiler.is_compiling() or not any(entered == id(optimizer) for entered, *_ in stack):
+        if not any(entered == id(optimizer) for entered, *_ in stack):
             return
         while True:
             entered, listeners, last = stack.pop()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from streamlens.capture.hooks import Hook
+from streamlens.capture.traced import trace_begin, trace_end, trace_output
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
 
 __all__ = [
+    "HOOKS",
     "AccumulateHook",
     "BackwardHook",
     "GradientHook",
@@ -25,16 +27,27 @@ __all__ = [
 
 
 class ModuleHook(Hook):
-    """Forward hook of a module whose output somebody wants."""
+    """Forward hook of a module whose output somebody wants.
 
-    __slots__ = ("engine", "name")
+    Args:
+        engine: Of the model.
+        name: The module's name.
+        gradient: Whether the gradient of the output is wanted.
+    """
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    __slots__ = ("engine", "gradient", "name", "output")
+
+    def __init__(self, engine: Engine, name: str, *, gradient: bool) -> None:
         self.engine = engine
         self.name = name
+        self.output = engine.compiled.key("output", name)
+        self.gradient = engine.compiled.key("gradient", name) if gradient else ""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """The module has returned."""
+        if torch.compiler.is_compiling():
+            trace_output(self.output, self.gradient, output)
+            return
         if self.engine.passes.in_forward and not self.engine.passes.elsewhere():
             self.engine.guard(self.engine.forward.output_of, self.name, output)
 
@@ -42,14 +55,18 @@ class ModuleHook(Hook):
 class PartBegins(Hook):
     """Forward pre-hook of a part, which may be the outermost module that is called."""
 
-    __slots__ = ("engine", "name")
+    __slots__ = ("begin", "engine", "name")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        self.begin = engine.compiled.key("begin", name)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The part is called."""
+        if torch.compiler.is_compiling():
+            trace_begin(self.begin, args, kwargs)
+            return
         passes = self.engine.passes
         if passes.elsewhere():
             return
@@ -64,14 +81,19 @@ class PartBegins(Hook):
 class PartEnds(Hook):
     """Forward hook of a part; does something only if that part began the forward."""
 
-    __slots__ = ("engine", "name")
+    __slots__ = ("backward", "begin", "end", "engine", "name")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+        key = engine.compiled.key
+        self.begin, self.end, self.backward = key("begin", name), key("end", name), key("backward", name)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """The part has returned, or raised."""
+        if torch.compiler.is_compiling():
+            trace_end(self.end, self.begin, self.backward, output)
+            return
         passes = self.engine.passes
         if passes.elsewhere():
             return
@@ -130,6 +152,10 @@ class BackwardHook:
         # equation) is on the way to the loss, and ends nothing.
         if not self.engine.closed and not torch.is_grad_enabled():
             self.engine.guard(self.engine.passes.backward_begins, self.passes)
+
+
+HOOKS: Final = tuple(kind.__call__.__code__ for kind in (ModuleHook, PartBegins, PartEnds, AccumulateHook))
+"""The code of these hooks, which the compiler must not compile by itself."""
 
 
 def after_backward(callback: Callable[[], None]) -> bool:

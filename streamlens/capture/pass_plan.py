@@ -37,6 +37,16 @@ class PassPlan:
     needs: dict[str, dict[str, Needs]]
     raw: dict[str, frozenset[str]]
 
+    def takes(self, name: str) -> bool:
+        """Whether anything is taken of a module's output."""
+        return (
+            name in self.needs["activations"] or name in self.raw["activations"] or self.takes_gradient(name)
+        )
+
+    def takes_gradient(self, name: str) -> bool:
+        """Whether its gradient is taken."""
+        return name in self.needs["layer_gradients"] or name in self.raw["layer_gradients"]
+
 
 def compile_pass(due: Sequence[Demand], index: ModelIndex) -> PassPlan:
     """What a pass takes for some demands.

@@ -75,10 +75,14 @@ class PassWatch:
         """Whether the forward that is running runs on another thread than this."""
         return self.in_forward and threading.get_ident() != self.thread
 
-    def abandoned(self, module: nn.Module) -> bool:
+    def abandoned(self, module: nn.Module, *, compiled: bool = False) -> bool:
         """Whether the forward that seems to be running was interrupted, now that `module` is called.
 
         An exception such as `KeyboardInterrupt` leaves without the hooks that tell of the end.
+
+        Args:
+            module: The module.
+            compiled: Whether compiled code says so, in which a call leaves no frame.
         """
         opener = self._engine.forward.opener
         running = self._engine.index.modules.get(opener) if opener else self._engine.model
@@ -87,7 +91,7 @@ class PassWatch:
         while frame is not None:
             calls += frame.f_code is _CALL and frame.f_locals.get("self") is running
             frame = frame.f_back
-        if calls > (running is module):
+        if calls > (running is module and not compiled):
             return False
         self.in_forward = False
         if self.watches_passes:
@@ -190,13 +194,9 @@ class PassWatch:
             self._engine.forward.send("activations")
 
     def _loss_in_output(self, output: Any, kwargs: Mapping[str, Any]) -> None:
-        loss = None if self._engine.losses.watched else loss_of_output(output)
-        if loss is None or not loss.requires_grad:
-            return
-        self._engine.losses.take("loss", loss)
-        labels = first_tensor(kwargs.get("labels"))
-        if labels is not None:
-            self._engine.losses.take_labels(labels)
+        loss = loss_of_output(output)
+        if loss is not None and loss.requires_grad:
+            self._engine.losses.take_own(loss, first_tensor(kwargs.get("labels")))
 
     def loss_counts(self) -> bool:
         """Whether a watched loss that is computed now belongs to the open micro-step."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture.hooks import Hook
+from streamlens.capture.losses import loss_of_output
+from streamlens.capture.traced import trace_begin, trace_end, trace_loss
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
 
-__all__ = ["RootHooks", "engine_of"]
+__all__ = ["HOOKS", "RootHooks", "engine_of"]
 
 
 def engine_of(model: nn.Module) -> Engine | None:
@@ -47,12 +50,16 @@ class RootHooks:
 class _RootBegins(Hook):
     """The model is called."""
 
-    __slots__ = ("engine",)
+    __slots__ = ("begin", "engine")
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.begin = engine.compiled.key("begin", "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            trace_begin(self.begin, args, kwargs)
+            return
         passes = self.engine.passes
         if passes.elsewhere():
             return
@@ -65,12 +72,22 @@ class _RootBegins(Hook):
 class _RootEnds(Hook):
     """The model returns, or has raised, in which case the output is None."""
 
-    __slots__ = ("engine",)
+    __slots__ = ("backward", "begin", "end", "engine", "loss")
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        key = engine.compiled.key
+        self.begin, self.end = key("begin", ""), key("end", "")
+        self.backward, self.loss = key("backward", ""), key("own loss", "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            # Not asked of a tensor, where the compiler does not answer.
+            loss = None if isinstance(output, Tensor | tuple | list) else loss_of_output(output)
+            if loss is not None:
+                trace_loss(self.loss, self.backward, loss, kwargs.get("labels"))
+            trace_end(self.end, self.begin, self.backward, output)
+            return
         passes = self.engine.passes
         if passes.elsewhere():
             return
@@ -81,3 +98,7 @@ class _RootEnds(Hook):
                 passes.nested -= 1
             else:
                 self.engine.guard(passes.forward_ends, output, kwargs)
+
+
+HOOKS: Final = (_RootBegins.__call__.__code__, _RootEnds.__call__.__code__)
+"""The code of these hooks, which the compiler must not compile by itself."""
