@@ -154,7 +154,10 @@ class BackwardHook:
             self.engine.guard(self.engine.passes.backward_begins, self.passes)
 
 
-HOOKS: Final = tuple(kind.__call__.__code__ for kind in (ModuleHook, PartBegins, PartEnds, AccumulateHook))
+HOOKS: Final = tuple(
+    kind.__call__.__code__
+    for kind in (ModuleHook, PartBegins, PartEnds, GradientHook, AccumulateHook, BackwardHook)
+)
 """The code of these hooks, which the compiler must not compile by itself."""
 
 

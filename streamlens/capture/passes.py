@@ -6,6 +6,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,7 @@ class PassWatch:
         if self._engine.forward.in_backward or (passes is not None and passes != self._engine.clock.passes):
             return
         self._engine.forward.drop_provisional()
-        self._engine.forward.in_backward = after_backward(lambda: self._engine.guard(self.backward_ends))
+        self._engine.forward.in_backward = after_backward(partial(self._engine.guard, self.backward_ends))
 
     def backward_ends(self) -> None:
         """A backward through the open pass has run."""
