@@ -8,12 +8,13 @@ lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(sl.sinks.TensorBoard("runs/mine"
 ```
 """
 
-from streamlens import sinks
+from streamlens import operators, sinks
 from streamlens.errors import (
     ClosedLensError,
     ExpiredFrameError,
     LayerNotFoundError,
     OverwrittenActivationError,
+    PluginError,
     RunStoreError,
     StreamlensError,
     UnknownTopicError,
@@ -38,12 +39,14 @@ __all__ = [
     "Lens",
     "Operator",
     "OverwrittenActivationError",
+    "PluginError",
     "RunStoreError",
     "Stream",
     "StreamlensError",
     "UnknownTopicError",
     "__version__",
     "observe",
+    "operators",
     "optimizer_state",
     "read_run",
     "sinks",

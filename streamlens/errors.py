@@ -10,6 +10,7 @@ __all__ = [
     "ExpiredFrameError",
     "LayerNotFoundError",
     "OverwrittenActivationError",
+    "PluginError",
     "RunStoreError",
     "StreamlensError",
     "UnknownTopicError",
@@ -39,6 +40,10 @@ class ExpiredFrameError(StreamlensError, RuntimeError):
 
 class OverwrittenActivationError(StreamlensError, RuntimeError):
     """An activation was overwritten in place before it could be delivered."""
+
+
+class PluginError(StreamlensError, LookupError):
+    """An operator or sink that no installed package brings, or one that cannot be loaded."""
 
 
 class RunStoreError(StreamlensError, RuntimeError):

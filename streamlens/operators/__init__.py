@@ -1,5 +1,7 @@
 """Operators: streams of frames in, streams of frames out."""
 
+from collections.abc import Callable
+
 from streamlens.operators.across_layers import across_layers
 from streamlens.operators.adam_moments import adam_moments
 from streamlens.operators.alerts import (
@@ -61,6 +63,7 @@ from streamlens.operators.statistics import (
 )
 from streamlens.operators.when import when
 from streamlens.operators.window import window
+from streamlens.stream import Operator
 
 __all__ = [
     "AlignedFrame",
@@ -136,3 +139,21 @@ __all__ = [
     "window",
     "zero_fraction",
 ]
+
+
+def load(name: str) -> Callable[..., Operator]:
+    """An operator by its name, also one that an installed package brings along.
+
+    Args:
+        name: Its name: a shipped one's, or that of an entry point `streamlens.operators`.
+
+    Returns:
+        The operator's function: `lens.pipe(sl.operators.load("norm")("weights"))`.
+
+    Raises:
+        PluginError: There is none of that name, or it cannot be loaded.
+    """
+    # Plug-ins know operators and sinks; this is the way up to them.
+    from streamlens import plugins
+
+    return plugins.load("operator", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from streamlens.errors import did_you_mean
@@ -36,3 +37,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def load(name: str) -> Callable[..., Any]:
+    """A sink by its name, also one that an installed package brings along.
+
+    Args:
+        name: Its name: a shipped one's, or that of an entry point `streamlens.sinks`.
+
+    Returns:
+        The sink's class: `sl.sinks.load("RunStore")("run.db")`.
+
+    Raises:
+        PluginError: There is none of that name, or it cannot be loaded.
+    """
+    from streamlens import plugins
+
+    return plugins.load("sink", name)
