@@ -11,55 +11,49 @@ from streamlens.errors import did_you_mean
 from streamlens.topics import Phase, topic_spec
 
 if TYPE_CHECKING:
-    from streamlens.capture.engine import Engine
+    from streamlens.capture.source import Source
     from streamlens.capture.view import Demand
     from streamlens.chain import Chain
 
 __all__ = ["explain"]
 
 
-def explain(engine: Engine, style: str = "text") -> str:
+def explain(source: Source, style: str = "text") -> str:
     """The plan of everything that is subscribed.
 
     Args:
-        engine: The observed model's engine.
+        source: Where the frames come from.
         style: `"text"` or `"mermaid"`.
 
     Raises:
         ValueError: Another style.
     """
     if style == "text":
-        return _text(engine)
+        return _text(source)
     if style == "mermaid":
-        return _mermaid(engine)
+        return _mermaid(source)
     hint = did_you_mean(style, ("text", "mermaid"))
     raise ValueError(f"explain({style!r}): {hint or 'allowed are text and mermaid'}")
 
 
-def _text(engine: Engine) -> str:
-    model = engine.metadata()
-    lines = [
-        f"{model['model'] or 'model'} ({model['parameters']:,} parameters), step {engine.clock.step}"
-        + (", nothing runs: STREAMLENS_DISABLED is set" if engine.inert else "")
-    ]
-    for chain in engine.chains:
-        lines += ["", f"chain {_without_source(chain.key)}", *(f"  {line}" for line in _chain(engine, chain))]
-    if not engine.chains:
+def _text(source: Source) -> str:
+    first, *held = source.summary()
+    lines = [first]
+    for chain in source.chains:
+        lines += ["", f"chain {_without_source(chain.key)}", *(f"  {line}" for line in _chain(source, chain))]
+    if not source.chains:
         lines += ["", "no chain is subscribed: nothing is captured"]
-    lines += ["", "captured", *(f"  {line}" for line in _captured(engine))]
-    lines += [
-        "",
-        f"hooks: {engine.hook_counts()}",
-        f"bytes held: {engine.updates.bytes_held:,} (copies of parameters for updates)",
-    ]
+    lines += ["", "captured", *(f"  {line}" for line in _captured(source))]
+    if held:
+        lines += ["", *held]
     return "\n".join(lines)
 
 
-def _chain(engine: Engine, chain: Chain) -> Iterable[str]:
-    demands = [d for d in engine.demands if d.chain is chain]
+def _chain(source: Source, chain: Chain) -> Iterable[str]:
+    demands = [d for d in source.demands if d.chain is chain]
     for demand in demands:
         yield f"asks for {_asked(demand)}"
-    steps = _steps(engine)
+    steps = _steps(source)
     cost = (
         f"{chain.seconds / steps * 1e6:.0f} us a step" if steps and chain.counts["frames"] else "not run yet"
     )
@@ -107,10 +101,10 @@ def _what(demand: Demand, topic: str) -> str:
     return "raw" if spec is not None and spec.raw else "as it comes"
 
 
-def _captured(engine: Engine) -> Iterable[str]:
+def _captured(source: Source) -> Iterable[str]:
     """Each (topic, reduction): of which layers, taken where and when, and for how many."""
     asked: dict[tuple[str, str], list[Demand]] = defaultdict(list)
-    for demand in engine.demands:
+    for demand in source.demands:
         for topic in demand.view.topics:
             asked[topic, _what(demand, topic)].append(demand)
     for (topic, what), demands in asked.items():
@@ -139,13 +133,13 @@ def _counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def _mermaid(engine: Engine) -> str:
+def _mermaid(source: Source) -> str:
     """A flowchart from the run through what is captured and each chain's operators to its end."""
-    lines = ["flowchart LR", f'  run["{_escape(engine.metadata()["model"])}"]']
+    lines = ["flowchart LR", f'  run["{_escape(source.metadata().get("model") or source.title)}"]']
     nodes: dict[tuple[str, str], str] = {}
-    for number, chain in enumerate(engine.chains):
+    for number, chain in enumerate(source.chains):
         entries = []
-        for demand in engine.demands:
+        for demand in source.demands:
             if demand.chain is not chain:
                 continue
             for topic in demand.view.topics:
@@ -168,13 +162,13 @@ def _mermaid(engine: Engine) -> str:
 
 def _without_source(plan: str) -> str:
     """A plan without the lens at the start of each branch, which is the same everywhere."""
-    return re.sub(r"observe\([^)]*\) \| ", "", plan)
+    return re.sub(r"(observe|Feed|replay)\([^)]*\) \| ", "", plan)
 
 
 def _escape(text: str) -> str:
     return str(text).replace("&", "#amp;").replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
 
 
-def _steps(engine: Engine) -> int:
+def _steps(source: Source) -> int:
     """Steps that have had their update."""
-    return engine.clock.step + int(engine.clock.updated)
+    return source.clock.step + int(source.clock.updated)

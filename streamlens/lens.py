@@ -13,6 +13,7 @@ from reactivex.subject import Subject
 from torch import Tensor, nn
 
 from streamlens.capture.engine import Engine
+from streamlens.capture.source import Source
 from streamlens.capture.view import Gate, View
 from streamlens.chain import ErrorReport, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError, UnknownTopicError
@@ -53,16 +54,26 @@ class Lens(Stream):
     other operator is an ordinary Observable.
     """
 
-    def __init__(self, engine: Engine, session: Session, view: View = _EVERYTHING) -> None:
-        name = f"observe({engine.name!r})" if engine.name else "observe()"
-        super().__init__(None, plan=(name, *view.describe()), runtime=engine, kind=view.kind)
-        self.engine = engine
+    def __init__(self, source: Source, session: Session, view: View = _EVERYTHING) -> None:
+        super().__init__(
+            None, plan=(source.title, *view.describe()), runtime=source, kind=source.kind_of(view)
+        )
+        self.source = source
         self.session = session
         self.view = view
         self.lens = self
-        self.raw = view.reduction is None and any(
-            (spec := topic_spec(t)) is not None and spec.raw for t in view.topics
-        )
+        self.raw = view.reduction is None and source.gives_raw(view.topics)
+
+    @property
+    def engine(self) -> Engine:
+        """What observes the model.
+
+        Raises:
+            StreamlensError: The lens is of no PyTorch model.
+        """
+        if not isinstance(self.source, Engine):
+            raise StreamlensError(f"{self.plan_text} observes no PyTorch model")
+        return self.source
 
     # -- narrowing ---------------------------------------------------------------------------
 
@@ -74,11 +85,7 @@ class Lens(Stream):
     @property
     def reducible(self) -> bool:
         """Whether a reduction can be pushed down: raw topics are selected and none is applied yet."""
-        return (
-            self.view.reduction is None
-            and bool(self.topics)
-            and all((spec := topic_spec(t)) is not None and spec.raw for t in self.topics)
-        )
+        return self.view.reduction is None and bool(self.topics) and self.source.can_reduce(self.topics)
 
     def narrow(
         self,
@@ -125,21 +132,21 @@ class Lens(Stream):
         if gate is not None:
             view = replace(view, gates=(*view.gates, gate))
         if reduction is not None:
-            target = Lens(self.engine, self.session, view)
-            target.check_subscribable()
+            target = Lens(self.source, self.session, view)
+            target._check_selected()
             if not target.reducible:
                 raise StreamlensError(
                     f"{self.plan_text}: {reduction.name} cannot be applied to what is reduced already"
                 )
-            view = replace(view, reduction=reduction)
+            view = self.source.reduced(view, reduction)
         if topics is not None and view.selectors:
             self._check_layers(view)
-        return Lens(self.engine, self.session, view)
+        return Lens(self.source, self.session, view)
 
     def _select(self, topics: Sequence[str]) -> tuple[str, ...]:
         wanted = tuple(dict.fromkeys(topics))
         for topic in wanted:
-            self.engine.check_topic(topic)
+            self.source.check_topic(topic)
             if self.topics and topic not in self.topics:
                 raise UnknownTopicError(
                     f"topic {topic!r} was not selected before: this lens has {', '.join(self.topics)}; "
@@ -148,38 +155,37 @@ class Lens(Stream):
         return wanted
 
     def _check_layers(self, view: View) -> None:
-        if self.engine.outdated:
-            self.engine.rebuild_index()
+        self.source.refresh()
         if view.topics:
-            self.engine.resolve(view)
+            self.source.resolve(view)
         else:
-            index = self.engine.index
-            view.selectors[-1].check_globs([*index.modules, *(e.name for e in index.entries)])
+            self.source.check_selector(view.selectors[-1])
 
     def module_classes(self) -> Mapping[str, nn.Module]:
         """The model's modules by layer name, held weakly."""
-        return self.engine.index.modules
+        return self.source.modules
 
     def check_subscribable(self) -> None:
         """Raise if no topic is selected.
 
         Raises:
-            StreamlensError: None is.
+            StreamlensError: None is, or one is known only reduced, and no reduction was applied.
         """
+        self._check_selected()
+        self.source.check_view(self.view)
+
+    def _check_selected(self) -> None:
         self._check_open()
         if not self.topics:
             raise StreamlensError(
                 "this lens has no topic selected: apply topic('weights') or a metric such as uw_ratio() or "
-                f"norm('weight_gradients') first. Topics: {', '.join(self.engine.known_topics)}"
+                f"norm('weight_gradients') first. Topics: {', '.join(self.source.known_topics)}"
             )
 
     def _check_open(self) -> None:
-        if self.engine.model is None:
-            raise ClosedLensError(
-                "this lens is closed: the model it observed no longer exists; keep a reference to it"
-            )
-        if self.session.closed or self.engine.closed:
-            raise ClosedLensError("this lens is closed: call streamlens.observe(model) again for a new one")
+        if self.session.closed:
+            raise ClosedLensError(self.source.closed_message)
+        self.source.check_open()
 
     def _subscribe_core(
         self, observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
@@ -188,24 +194,24 @@ class Lens(Stream):
         chain = current_chain.get()
         if chain is not None:
             chain.sources.append(observer.on_completed)
-        return self.engine.subscribe_view(self.view, observer.on_next)
+        return self.source.subscribe_view(self.view, observer.on_next)
 
     # -- the user's part ---------------------------------------------------------------------
 
     @property
     def current_step(self) -> int:
         """The optimizer update that is open, or was last, counted from 0."""
-        return self.engine.clock.step
+        return self.source.clock.step
 
     @property
     def epoch(self) -> int:
         """The epoch, counted from 0; it advances only when told."""
-        return self.engine.clock.epoch
+        return self.source.clock.epoch
 
     def step(self) -> None:
         """Say that the parameters were updated, in a loop without a `torch.optim` optimizer."""
         self._check_open()
-        self.engine.guard(self.engine.updates.by_hand)
+        self.source.end_update()
 
     def epochs(self, n: int) -> Iterator[int]:
         """Run epochs up to number `n`: `for epoch in lens.epochs(10)`.
@@ -224,17 +230,17 @@ class Lens(Stream):
         return self._epochs(n)
 
     def _epochs(self, n: int) -> Iterator[int]:
-        engine = self.engine
-        engine.in_epochs += 1
+        source = self.source
+        source.in_epochs += 1
         try:
-            while engine.clock.epoch < n:
-                epoch = engine.clock.epoch
-                engine.emit_index("epoch_started", epoch)
+            while source.clock.epoch < n:
+                epoch = source.clock.epoch
+                source.emit_index("epoch_started", epoch)
                 yield epoch
-                if engine.clock.epoch == epoch:
-                    engine.end_epoch()
+                if source.clock.epoch == epoch:
+                    source.end_epoch()
         finally:
-            engine.in_epochs -= 1
+            source.in_epochs -= 1
 
     def batches(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over a loader once, and end the epoch: `for x, y in lens.batches(loader)`.
@@ -245,21 +251,21 @@ class Lens(Stream):
             loader: Anything that yields batches; its length is kept.
         """
         self._check_open()
-        return Batches(self.engine, loader)
+        return Batches(self.source, loader)
 
     def epoch_finished(self) -> None:
         """Say that an epoch is over; closes the open step first if it had its update."""
         self._check_open()
-        self.engine.end_epoch()
+        self.source.end_epoch()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Silence a region: forwards and updates in it emit nothing and do not count as passes."""
-        self.engine.paused += 1
+        self.source.paused += 1
         try:
             yield
         finally:
-            self.engine.paused -= 1
+            self.source.paused -= 1
 
     def watch_loss(self, loss: Callable[P, R]) -> Callable[P, R]:
         """Watch a loss: an `nn.Module`, or any callable `(prediction, labels) -> loss`.
@@ -271,12 +277,9 @@ class Lens(Stream):
             `criterion = lens.watch_loss(F.cross_entropy)`
         """
         self._check_open()
-        if isinstance(loss, nn.Module):
-            self.engine.losses.watch_module(loss)
-            return loss
         if not callable(loss):
             raise TypeError(f"watch_loss() needs a module or a function, got {type(loss).__name__}")
-        return self.engine.losses.watch_function(loss)
+        return self.source.watch_loss(loss)
 
     def emit(self, topic: str, value: float | Tensor | Mapping[str, Any]) -> None:
         """Emit a number of your own, at the step that is open.
@@ -291,8 +294,8 @@ class Lens(Stream):
             ValueError: The layers' values differ in shape.
         """
         self._check_open()
-        self.engine.check_own_topic(topic)
-        self.engine.emit_own(topic, value)
+        self.source.check_own_topic(topic)
+        self.source.emit_own(topic, value)
 
     def derive(self, name: str, chain: Observable[Frame]) -> Stream:
         """Make a chain's result a topic of its own, computed once for all who select it.
@@ -311,31 +314,31 @@ class Lens(Stream):
             StreamlensError: The name is taken, or the chain is not of this lens.
         """
         self._check_open()
-        engine = self.engine
+        source = self.source
         if not isinstance(name, str) or not name:
             raise TypeError(f"derive() needs a topic's name such as 'smoothed', got {name!r}")
-        if name in engine.known_topics or topic_spec(name) is not None:
+        if name in source.known_topics or topic_spec(name) is not None:
             raise StreamlensError(f"cannot derive {name!r}: there is a topic of that name already")
-        if not isinstance(chain, Stream) or chain.runtime is not engine:
+        if not isinstance(chain, Stream) or chain.runtime is not source:
             raise StreamlensError(f"derive({name!r}): the chain must come from this lens: lens.pipe(...)")
         chain.check_subscribable()
 
         def connect(push: Callable[[Frame], None]) -> abc.DisposableBase:
             return chain.subscribe(lambda frame: push(_under(name, frame)), name=f"derive({name})")
 
-        engine.add_derived(name, connect)
-        return Lens(engine, self.session, View(topics=(name,)))
+        source.add_derived(name, connect)
+        return Lens(source, self.session, View(topics=(name,)))
 
     # -- state, errors, the end --------------------------------------------------------------
 
     @property
     def errors(self) -> Subject[ErrorReport]:
         """Failures that were kept away from training, as an Observable."""
-        return self.engine.errors
+        return self.source.errors
 
     def state_dict(self) -> dict[str, Any]:
         """The clock and the state of every operator, as plain containers and tensors."""
-        return self.engine.state_dict()
+        return self.source.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a snapshot was taken; works before and after subscribing.
@@ -347,7 +350,7 @@ class Lens(Stream):
             ValueError: It is not that.
         """
         self._check_open()
-        self.engine.load_state_dict(state)
+        self.source.load_state_dict(state)
 
     def explain(self, style: str = "text") -> str:
         """What runs, as a database explains a query.
@@ -357,15 +360,15 @@ class Lens(Stream):
         """
         from streamlens.explain import explain
 
-        return explain(self.engine, style)
+        return explain(self.source, style)
 
     def stats(self) -> dict[str, int]:
         """Frames emitted, late, dropped; NaN skipped; errors."""
-        return self.engine.stats()
+        return self.source.stats()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every sink has written what it was given; False if that took too long."""
-        return self.engine.flush(timeout)
+        return self.source.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
         """Complete every stream, remove every hook, flush and close every sink.
@@ -381,14 +384,14 @@ class Lens(Stream):
     @property
     def closed(self) -> bool:
         """Whether the lens is closed."""
-        return self.session.closed or self.engine.closed
+        return self.session.closed or self.source.closed
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            failed(self.engine, error)
+            failed(self.source, error)
         self.close(timeout=30.0)
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from streamlens.capture.engine import Engine
+from streamlens.capture.source import Source
 from streamlens.chain import Chain
 from streamlens.notebook import CellKey
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 class Batches(Iterable[T]):
     """A loader whose end is the end of an epoch, unless `epochs()` sees to that."""
 
-    def __init__(self, engine: Engine, loader: Iterable[T]) -> None:
-        self._engine = engine
+    def __init__(self, source: Source, loader: Iterable[T]) -> None:
+        self._source = source
         self._loader = loader
 
     def __len__(self) -> int:
@@ -26,30 +26,30 @@ class Batches(Iterable[T]):
 
     def __iter__(self) -> Iterator[T]:
         yield from self._loader
-        if not self._engine.in_epochs:
-            self._engine.end_epoch()
+        if not self._source.in_epochs:
+            self._source.end_epoch()
 
 
 class Session:
     """One call of `observe`: what its lenses have subscribed, and whether it is closed."""
 
-    def __init__(self, engine: Engine, cell: CellKey | None) -> None:
-        self.engine = engine
+    def __init__(self, source: Source, cell: CellKey | None) -> None:
+        self.source = source
         self.cell = cell
         self.closed = False
 
     def chains(self) -> list[Chain]:
         """The chains that were subscribed through this session."""
-        return [chain for chain in self.engine.chains if chain.session is self]
+        return [chain for chain in self.source.chains if chain.session is self]
 
     def close(self, timeout: float | None) -> bool:
-        """End this session's streams; the engine ends with its last session."""
+        """End this session's streams; the source ends with its last session."""
         if self.closed:
             return True
         self.closed = True
-        self.engine.sessions.discard(self)
-        if not self.engine.sessions:
-            return self.engine.shut_down(timeout)
+        self.source.sessions.discard(self)
+        if not self.source.sessions:
+            return self.source.shut_down(timeout)
         for chain in self.chains():
-            self.engine.finish(chain)
-        return self.engine.flush(timeout)
+            self.source.finish(chain)
+        return self.source.flush(timeout)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -34,20 +34,17 @@ from streamlens.capture.threads import Threads
 from streamlens.capture.updates import UpdateCapture
 from streamlens.capture.view import View
 from streamlens.chain import Mark, MarkKind
-from streamlens.errors import StreamlensError
+from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Kind
+from streamlens.layers import LayerSelector
 from streamlens.topics import Phase, topic_spec
 
 __all__ = ["Engine", "disabled"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _MODEL = ("",)
-
-_STATS = ("emitted", "late", "incomplete", "duplicate", "dropped", "written", "skipped_nan", "errors")
-"""What `stats()` always has."""
-
-_VERSION = 1
-_SNAPSHOT = frozenset({"version", "run_id", "clock", "optimizers", "chains"})
-"""What a snapshot has."""
 
 
 def disabled() -> bool:
@@ -90,9 +87,6 @@ class Engine(Source):
         self.copies = dict(copies or {})
         self.index = ModelIndex(model, self.copies)
         self.extra_metadata: dict[str, Any] = {}
-        self.sessions: set[Any] = set()
-        self.in_epochs = 0
-        self.paused = 0
         self._suppressed = 0
         self.threads = Threads(self)
         self.compiled = CompiledPasses(self)
@@ -108,12 +102,30 @@ class Engine(Source):
             self._root.install(model)
             step_watch().add(self.updates)
 
+    of_model = True
+    _snapshot = Source._snapshot | {"optimizers"}
+
     # -- facts -------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module | None:
         """The observed model, while it exists."""
         return self._model()
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The model's modules by layer name, held weakly."""
+        return self.index.modules
+
+    def summary(self) -> Iterable[str]:
+        """The model and its size; hooks in place and bytes held."""
+        model = self.metadata()
+        yield (
+            f"{model['model'] or 'model'} ({model['parameters']:,} parameters), step {self.clock.step}"
+            + (", nothing runs: STREAMLENS_DISABLED is set" if self.inert else "")
+        )
+        yield f"hooks: {self.hook_counts()}"
+        yield f"bytes held: {self.updates.bytes_held:,} (copies of parameters for updates)"
 
     def metadata(self) -> dict[str, Any]:
         """Class and size of the model."""
@@ -165,6 +177,42 @@ class Engine(Source):
                 continue
             resolved[topic] = self.index.resolve(spec, view.selectors)
         return resolved
+
+    def check_selector(self, selector: LayerSelector) -> None:
+        """Raise for a glob that no module and no parameter matches.
+
+        Raises:
+            LayerNotFoundError: There is one.
+        """
+        selector.check_globs([*self.index.modules, *(e.name for e in self.index.entries)])
+
+    def refresh(self) -> None:
+        """Look at the model again if it has parameters that the index does not know."""
+        if self.outdated:
+            self.rebuild_index()
+
+    def end_update(self) -> None:
+        """The parameters were updated, in a loop without a `torch.optim` optimizer."""
+        self.guard(self.updates.by_hand)
+
+    def watch_loss(self, loss: Callable[P, R]) -> Callable[P, R]:
+        """Watch a loss: a module, or any callable, for which one to call in its place is returned."""
+        if isinstance(loss, nn.Module):
+            self.losses.watch_module(loss)
+            return loss
+        return self.losses.watch_function(loss)
+
+    def check_open(self) -> None:
+        """Raise if the model is gone, or the engine is closed.
+
+        Raises:
+            ClosedLensError: It is.
+        """
+        if self.model is None:
+            raise ClosedLensError(
+                "this lens is closed: the model it observed no longer exists; keep a reference to it"
+            )
+        super().check_open()
 
     def check_subscribing(self) -> None:
         """Raise if the engine is closed, or this is not the thread that frames come on."""
@@ -263,25 +311,9 @@ class Engine(Source):
 
     # -- state and the end -------------------------------------------------------------------
 
-    def stats(self) -> dict[str, int]:
-        """Counts of what was emitted and lost."""
-        total = self.counts.copy()
-        for chain in self.chains:
-            total["skipped_nan"] += sum(cell.skipped for cell in chain.cells)
-        for sink in self.sink_stats().values():
-            total["dropped"] += sink.dropped
-            total["written"] += sink.written
-        return {**{name: total[name] for name in _STATS}, **total}
-
     def state_dict(self) -> dict[str, Any]:
-        """The clock and the state of every operator, as plain containers and tensors."""
-        return {
-            "version": _VERSION,
-            "run_id": self.run_id,
-            "clock": self.clock.state_dict(),
-            "optimizers": self.updates.partners.state_dict(),
-            "chains": self.chain_states(),
-        }
+        """The clock, the partners among the optimizers and the state of every operator."""
+        return {**super().state_dict(), "optimizers": self.updates.partners.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a snapshot was taken.
@@ -289,34 +321,15 @@ class Engine(Source):
         Raises:
             ValueError: It is none.
         """
-        if not isinstance(state, Mapping) or not state.keys() >= _SNAPSHOT:
-            keys = f"the keys {', '.join(map(repr, state))}" if isinstance(state, Mapping) else repr(state)
-            raise ValueError(f"load_state_dict() takes what lens.state_dict() gave, got {keys}")
-        if state["version"] != _VERSION:
-            raise ValueError(
-                f"load_state_dict(): the snapshot has version {state['version']!r}, and this streamlens "
-                f"reads what its own lens.state_dict() gives, version {_VERSION}: use the one that wrote it"
-            )
-        self.run_id = str(state["run_id"])
-        self.clock.load_state_dict(state["clock"])
+        super().load_state_dict(state)
         self.updates.partners.load_state_dict(state["optimizers"])
-        self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
-        self.demands_changed()
-        self.load_chain_states(state["chains"])
 
     def shut_down(self, timeout: float | None = None) -> bool:
         """Complete every stream, remove every hook, flush and close every sink."""
-        if self.closed:
-            return True
-        if not self.inert:
+        if not self.closed and not self.inert:
             self.guard(self.passes.flush)
             self.guard(self.updates.release)
-        self.complete_chains()
-        self.closed = True
-        done = self.close_delivery(timeout)
-        self._tidy()
-        self.errors.on_completed()
-        return done
+        return super().shut_down(timeout)
 
     def __del__(self) -> None:
         # The model went together with its hooks, and they with us: nothing must stay unwritten.
@@ -324,9 +337,7 @@ class Engine(Source):
             bury(self)
 
     def _tidy(self) -> None:
-        self.demands.clear()
-        self._due = ()
-        self._derived.clear()
+        super()._tidy()
         self.passes.remove()
         self.forward.remove()
         self.losses.remove()

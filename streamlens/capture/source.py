@@ -13,19 +13,25 @@ from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from torch import Tensor
 
-from streamlens.capture.clock import Clock
+from streamlens.capture.provider import Provider
 from streamlens.capture.view import Demand, View
 from streamlens.chain import Mark, current_chain
 from streamlens.frame import Frame, Kind, Lease
-from streamlens.runtime import Runtime
 from streamlens.topics import TOPICS, TopicSpec, check_own_topic, topic_spec, unknown_topic
 
 __all__ = ["Source"]
 
 _MODEL = ("",)
 
+_STATS = ("emitted", "late", "incomplete", "duplicate", "dropped", "written", "skipped_nan", "errors")
+"""What `stats()` always has."""
 
-class Source(Runtime):
+_VERSION = 1
+_SNAPSHOT = frozenset({"version", "run_id", "clock", "chains"})
+"""What every snapshot has."""
+
+
+class Source(Provider):
     """Keeps the demands of subscribers and delivers frames of the open step to them.
 
     Attributes:
@@ -34,15 +40,24 @@ class Source(Runtime):
         topics: The topics that somebody has selected.
         idle: Whether nobody has selected any.
         user_topics: Topics that come from `emit`.
+        sessions: Whose lenses are of this source; it ends with the last.
+        in_epochs: How many loops over `lens.epochs()` run.
+        paused: How many `lens.paused()` silence it.
+        inert: Whether nothing is ever taken.
     """
+
+    _snapshot = _SNAPSHOT
 
     def __init__(self, name: str = "", on_error: str = "report") -> None:
         super().__init__(name, on_error)
-        self.clock = Clock()
         self.demands: list[Demand] = []
         self.topics: frozenset[str] = frozenset()
         self.idle = True
         self.user_topics: dict[str, None] = {}
+        self.sessions: set[Any] = set()
+        self.in_epochs = 0
+        self.paused = 0
+        self.inert = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
 
@@ -67,10 +82,6 @@ class Source(Runtime):
     @abstractmethod
     def silent(self) -> bool:
         """Whether nothing is to be emitted now."""
-
-    @abstractmethod
-    def resolve(self, view: View) -> dict[str, frozenset[str] | None]:
-        """The layers that a view selects in each of its topics."""
 
     # -- demands -----------------------------------------------------------------------------
 
@@ -260,6 +271,64 @@ class Source(Runtime):
         """Deliver an event that carries an index."""
         if topic in self.topics and self.due_now:
             self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)
+
+    # -- state and the end -------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """Counts of what was emitted and lost."""
+        total = self.counts.copy()
+        for chain in self.chains:
+            total["skipped_nan"] += sum(cell.skipped for cell in chain.cells)
+        for sink in self.sink_stats().values():
+            total["dropped"] += sink.dropped
+            total["written"] += sink.written
+        return {**{name: total[name] for name in _STATS}, **total}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and the state of every operator, as plain containers and tensors."""
+        return {
+            "version": _VERSION,
+            "run_id": self.run_id,
+            "clock": self.clock.state_dict(),
+            "chains": self.chain_states(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a snapshot was taken.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not isinstance(state, Mapping) or not state.keys() >= self._snapshot:
+            keys = f"the keys {', '.join(map(repr, state))}" if isinstance(state, Mapping) else repr(state)
+            raise ValueError(f"load_state_dict() takes what lens.state_dict() gave, got {keys}")
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"load_state_dict(): the snapshot has version {state['version']!r}, and this streamlens "
+                f"reads what its own lens.state_dict() gives, version {_VERSION}: use the one that wrote it"
+            )
+        self.run_id = str(state["run_id"])
+        self.clock.load_state_dict(state["clock"])
+        self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
+        self.demands_changed()
+        self.load_chain_states(state["chains"])
+
+    def shut_down(self, timeout: float | None = None) -> bool:
+        """Complete every stream, flush and close every sink."""
+        if self.closed:
+            return True
+        self.complete_chains()
+        self.closed = True
+        done = self.close_delivery(timeout)
+        self._tidy()
+        self.errors.on_completed()
+        return done
+
+    def _tidy(self) -> None:
+        """Let go of what a closed source does not need."""
+        self.demands.clear()
+        self._due = ()
+        self._derived.clear()
 
 
 def _owned(topic: str, value: object) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 from reactivex.abc import DisposableBase
 
 from streamlens.chain import Chain
-from streamlens.frame import Frame, Kind
+from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
 from streamlens.topics import Facet, Phase, topic_spec
@@ -68,12 +68,6 @@ class View:
     def over(self, step: int) -> bool:
         """Whether nothing at or after this step is wanted."""
         return self.stop is not None and step >= self.stop
-
-    @property
-    def kind(self) -> Kind | None:
-        """How often its frames come, if all its topics agree."""
-        kinds = {spec.kind if (spec := topic_spec(t)) is not None else None for t in self.topics}
-        return kinds.pop() if len(kinds) == 1 else None
 
     def describe(self) -> tuple[str, ...]:
         """The view as a plan: one entry an argument that is not the default."""

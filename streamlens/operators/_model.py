@@ -143,7 +143,12 @@ def _finder(stream: Stream, operator: str, model: nn.Module | None) -> FindModel
             f"{operator}() needs the model, and this stream comes from no lens: apply it to what observe() "
             f"returned, or pass {operator}(..., model=model)"
         )
-    found = stream.lens.engine.model
+    found = stream.lens.source.model
+    if found is None and not stream.lens.source.of_model:
+        raise StreamlensError(
+            f"{operator}() needs the model, and {stream.lens.source.title} has none: pass "
+            f"{operator}(..., model=model), or apply it to what observe() returns"
+        )
     if found is None:
         raise ClosedLensError(f"{operator}(): the model that this lens observed no longer exists")
     return weakref.ref(found)

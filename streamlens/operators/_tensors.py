@@ -20,7 +20,6 @@ from streamlens.operators._wiring import connect, hub_under_way, stand_in
 from streamlens.operators.selection import topic as select
 from streamlens.reductions import chunks_of, double_where_known
 from streamlens.stream import Operator, Stream, as_stream
-from streamlens.topics import topic_spec
 
 __all__ = [
     "PARAMETERS",
@@ -74,7 +73,7 @@ def tensors_of(source: Observable[Frame], topic: str | None, operator: str) -> S
         source = select(*check_topics(operator, (topic,)))(source)
     stream = checked_source(source)
     if isinstance(stream, Lens):
-        specs = [topic_spec(name) for name in stream.topics]
+        specs = [stream.source.spec(name) for name in stream.topics]
         if stream.view.reduction is not None or any(spec is not None and not spec.raw for spec in specs):
             raise _needs_tensors(operator, stream.plan_text)
     return stream
@@ -113,7 +112,7 @@ def at_every_step(stream: Stream, history: int | None = None) -> tuple[Stream, D
         return stream, lambda _: True, stream.plan
     view = stream.view
     start = 0 if history is None else max(0, view.start - history)
-    return Lens(stream.engine, stream.session, replace(view, every=1, start=start)), view.due, stream.plan
+    return Lens(stream.source, stream.session, replace(view, every=1, start=start)), view.due, stream.plan
 
 
 def merged(streams: Sequence[Stream], plan: tuple[str, ...]) -> Stream:

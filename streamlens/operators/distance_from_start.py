@@ -84,7 +84,7 @@ def _updates_of(stream: Stream) -> Lens | None:
     """The updates of what a lens gives the values of."""
     if not isinstance(stream, Lens) or len(stream.topics) != 1 or stream.topics[0] not in PARAMETERS:
         return None
-    base = Lens(stream.engine, stream.session, replace(stream.view, topics=()))
+    base = Lens(stream.source, stream.session, replace(stream.view, topics=()))
     lens = select(PARAMETERS[stream.topics[0]][1])(base)
     assert isinstance(lens, Lens)
     return lens

@@ -104,7 +104,7 @@ def _inputs(source: Observable[Frame], sizes: bool, ranks: bool) -> Stream:
     if sizes:
         # A selection of layers is of the gradients: the batch belongs to none.
         view = replace(source.view, topics=(), selectors=())
-        streams.append(checked_source(select(_INPUT)(Lens(source.engine, source.session, view))))
+        streams.append(checked_source(select(_INPUT)(Lens(source.source, source.session, view))))
     return merged(streams, source.plan)
 
 

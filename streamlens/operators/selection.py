@@ -110,11 +110,11 @@ def _check_names(stream: Stream, selector: LayerSelector) -> None:
     renaming = (
         "across_layers(",
         "scan(",
-        *map(repr, lens.engine.user_topics),
-        *map(repr, lens.engine.derived_topics),
+        *map(repr, lens.source.user_topics),
+        *map(repr, lens.source.derived_topics),
     )
     if not any(sign in stream.plan_text for sign in renaming):
-        Lens(lens.engine, lens.session).narrow(layers=selector)
+        Lens(lens.source, lens.session).narrow(layers=selector)
 
 
 def _selector(which: tuple[str | type[nn.Module], ...], depth: int | None) -> LayerSelector:
