@@ -8,7 +8,7 @@ lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(sl.sinks.TensorBoard("runs/mine"
 ```
 """
 
-from streamlens import operators, sinks
+from streamlens import control, operators, sinks
 from streamlens.errors import (
     ClosedLensError,
     ExpiredFrameError,
@@ -45,6 +45,7 @@ __all__ = [
     "StreamlensError",
     "UnknownTopicError",
     "__version__",
+    "control",
     "observe",
     "operators",
     "optimizer_state",

@@ -6,15 +6,20 @@ Marks tell operators with state where the run is; reports tell whoever listens w
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reactivex.abc import DisposableBase
 
-__all__ = ["Cell", "Chain", "ErrorReport", "Mark", "MarkKind", "current_chain"]
+if TYPE_CHECKING:
+    from streamlens.frame import Frame
+    from streamlens.runtime import Runtime
+
+__all__ = ["Attachment", "Cell", "Chain", "Ending", "ErrorReport", "Mark", "MarkKind", "current_chain"]
 
 
 class MarkKind(enum.Enum):
@@ -134,6 +139,44 @@ class Chain:
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of every operator of the chain, upstream last."""
         return [{"plan": cell.plan, "state": cell.state_dict()} for cell in self.cells]
+
+
+class Attachment(Protocol):
+    """What receives the frames of one chain on behalf of an `Ending`; an Rx observer."""
+
+    def on_next(self, frame: Frame) -> None:
+        """Receive a frame, on the training thread."""
+        ...
+
+    def on_error(self, error: Exception) -> None:
+        """The chain has ended with an error."""
+        ...
+
+    def on_completed(self) -> None:
+        """The chain has ended."""
+        ...
+
+    def dispose(self) -> None:
+        """The subscription was disposed."""
+        ...
+
+
+class Ending(ABC):
+    """The end of a chain that has to know which run and chain it ends, as a controller has."""
+
+    @abstractmethod
+    def attach(self, runtime: Runtime, chain: Chain) -> Attachment:
+        """Called when a chain subscribes, before anything upstream is.
+
+        What has state appends a `Cell` to `chain.cells`. What is raised here, `subscribe` raises.
+
+        Args:
+            runtime: The run.
+            chain: The subscription that is being made.
+
+        Returns:
+            What is to receive its frames.
+        """
 
 
 current_chain: ContextVar[Chain | None] = ContextVar("streamlens_chain", default=None)

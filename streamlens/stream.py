@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from reactivex import ConnectableObservable, Observable, abc
 from reactivex.disposable import Disposable
 
-from streamlens.chain import Chain, current_chain
+from streamlens.chain import Attachment, Chain, Ending, current_chain
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.runtime import Runtime, default_runtime
@@ -221,7 +221,7 @@ class _Terminal:
         self.chain = chain
         self.failure: Exception | None = None
         self.ended = False
-        self._proxy: abc.ObserverBase[Frame] | None = None
+        self._proxy: abc.ObserverBase[Frame] | Attachment | None = None
         chain.complete = self.on_completed
         if isinstance(on_next, type) and issubclass(on_next, abc.ObserverBase):
             name = on_next.__name__
@@ -230,6 +230,9 @@ class _Terminal:
             chain.ends_in = type(on_next).__name__
             self._proxy = runtime.delivery.connect(on_next, chain.key)
             on_next = self._proxy
+        elif isinstance(on_next, Ending):
+            chain.ends_in = type(on_next).__name__
+            on_next = self._proxy = on_next.attach(runtime, chain)
         if hasattr(on_next, "on_next"):
             if self._proxy is None:
                 chain.ends_in = type(on_next).__name__

@@ -240,6 +240,12 @@ class Source(Provider):
         if demands and not self.silent:
             self.post_frames([(demands, self.frame(topic, layers, values, kind=kind))])
 
+    def emit_frame(self, frame: Frame) -> None:
+        """Deliver a frame that was made already to whoever selected its topic at its step."""
+        demands = [d for d in self.demands if frame.topic in d.view.topics and d.view.due(frame.step)]
+        if demands and not self.silent:
+            self.post_frames([(demands, frame)])
+
     def check_own_topic(self, topic: str) -> None:
         """Make sure that a topic may be the user's own, and that it can be selected from now on.
 

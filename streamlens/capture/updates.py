@@ -25,6 +25,7 @@ from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
+    from streamlens.capture.model import ParameterEntry
 
 __all__ = ["UpdateCapture"]
 
@@ -65,6 +66,8 @@ class UpdateCapture:
         self._unowned = Unowned()
         self._manual: OptimizerInfo | None = None
         self.pace = Pace(engine)
+        self.interventions: list[Callable[[Optimizer, Sequence[ParameterEntry]], None]] = []
+        """What acts on gradients before an update consumes them, and before they are taken."""
 
     def _failed(self, where: Hashable, error: Exception) -> None:
         """Report what failed; a parameter given by its place in the model is named."""
@@ -148,7 +151,7 @@ class UpdateCapture:
         info = self.owners.get(optimizer)
         assert info is not None
         engine.guard(engine.threads.update_begins)
-        if engine.idle and getattr(optimizer, "found_inf", None) is None:
+        if engine.idle and getattr(optimizer, "found_inf", None) is None and not self.interventions:
             self._call = None
             engine.guard(self.partners.update_begins, info, closure is not None)
             return None
@@ -166,16 +169,12 @@ class UpdateCapture:
                     call.skipped = bool(found.item() > 0)
                 else:
                     call.overflow = found
-            if call.skipped or engine.silent or not self._due():
+            if call.skipped or engine.silent:
                 return
-            if engine.index.stale():
-                engine.rebuild_index()
-            call.plan = plan = self._plan(info)
-            self._parameters.keep(plan.entries.get(Facet.UPDATE, ()))
-            if info.stands_in:
-                call.before = [(e.parameter, e.parameter._version) for e in info.entries]
+            if self._due():
+                self._prepare(call)
             if closure is None:
-                self._take_gradients(call, optimizer)
+                self._consume(call, optimizer)
             else:
                 wrapped.append(self._first_evaluation(call, optimizer, closure))
 
@@ -183,6 +182,21 @@ class UpdateCapture:
         if closure is not None and not wrapped and not engine.closed:
             wrapped.append(self._first_evaluation(call, optimizer, closure))
         return wrapped[0] if wrapped else None
+
+    def _prepare(self, call: _Call) -> None:
+        """Plan what the call has to take, and keep copies of what it will change."""
+        if self._engine.index.stale():
+            self._engine.rebuild_index()
+        call.plan = plan = self._plan(call.info)
+        self._parameters.keep(plan.entries.get(Facet.UPDATE, ()))
+        if call.info.stands_in:
+            call.before = [(e.parameter, e.parameter._version) for e in call.info.entries]
+
+    def _consume(self, call: _Call, optimizer: Optimizer) -> None:
+        """The gradients are those of this update: controllers act on them, then they are taken."""
+        for intervene in tuple(self.interventions):
+            self._engine.guard(intervene, optimizer, call.info.entries)
+        self._take_gradients(call, optimizer)
 
     def _due(self) -> bool:
         return any(demand.at_update for demand in self._engine.due_now)
@@ -219,8 +233,8 @@ class UpdateCapture:
         if isinstance(result, Tensor) and not engine.losses.watched and engine.clock.counted:
             engine.losses.take_if_none("loss", result)
         engine.passes.flush()
-        if call.plan is not None and call.gradients is None:
-            self._take_gradients(call, optimizer)
+        if call.gradients is None and not engine.silent:
+            self._consume(call, optimizer)
 
     def _take_gradients(self, call: _Call, optimizer: Optimizer | None) -> None:
         plan, info = call.plan, call.info

@@ -1,0 +1,23 @@
+"""Controllers: the ends of chains that steer the run."""
+
+from streamlens.control.act import act
+from streamlens.control.bounds import Bounds
+from streamlens.control.controller import Controller, Decision
+from streamlens.control.gradients import GradientController
+from streamlens.control.ratio_lr import RatioLR
+from streamlens.control.schedules import Constant, ExponentialDecay, Schedule, scheduled
+from streamlens.control.set_rate import SetRate
+
+__all__ = [
+    "Bounds",
+    "Constant",
+    "Controller",
+    "Decision",
+    "ExponentialDecay",
+    "GradientController",
+    "RatioLR",
+    "Schedule",
+    "SetRate",
+    "act",
+    "scheduled",
+]

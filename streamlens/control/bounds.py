@@ -1,0 +1,50 @@
+"""`Bounds`: how far a controller may go, and how fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Bounds"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of a positive number that is steered.
+
+    Args:
+        low: The least value.
+        high: The greatest value.
+        slew: The greatest factor by which one action may raise or lower it; no limit if None.
+
+    Raises:
+        ValueError: `low` is not below `high`, or `slew` is not above 1.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+    slew: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(
+                f"bounds: the least value must lie below the greatest, got {self.low}, {self.high}"
+            )
+        if self.slew is not None and not 1 < self.slew < math.inf:
+            raise ValueError(f"bounds: the slew limit is a factor above 1 an action, got {self.slew!r}")
+
+    def limit(self, old: float, wanted: float) -> float:
+        """The value nearest to the one wanted that may be set.
+
+        The result lies in [low, high]. It lies in [old / slew, old * slew] too, unless `old` is out
+        of bounds itself, which are then kept first. What is no finite number changes nothing.
+
+        Args:
+            old: The value now.
+            wanted: The value wanted.
+        """
+        if not math.isfinite(wanted) or not math.isfinite(old):
+            return old
+        if self.slew is not None:
+            wanted = min(max(wanted, old / self.slew), old * self.slew)
+        return min(max(wanted, self.low), self.high)

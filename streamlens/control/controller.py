@@ -1,0 +1,319 @@
+"""`Controller`: ends a chain and acts on the run."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from reactivex.abc import DisposableBase, ObserverBase
+from reactivex.disposable import CompositeDisposable
+from reactivex.subject import Subject
+from torch import nn
+
+from streamlens.capture.engine import Engine
+from streamlens.capture.source import Source
+from streamlens.chain import Chain, Ending
+from streamlens.control._agreement import agreed
+from streamlens.control._attachment import ControllerAttachment
+from streamlens.control._claims import claim, release
+from streamlens.errors import StreamlensError
+from streamlens.frame import Frame, Kind
+from streamlens.runtime import Runtime, default_runtime
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["Controller", "Decision"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a controller is about to do. Plain data: rank 0 sends its own to all.
+
+    Attributes:
+        topic: The topic of the action's frame, such as `"learning_rate.action"`.
+        old: What is steered, as it is: a number for each layer, or for each component.
+        new: What it is to become.
+        cause: Why, as the end of a sentence: `"the loss has not fallen for 10 steps"`.
+        layers: The layers it is about; the model itself by default.
+        components: What the numbers are of where the layer is one and they are several.
+    """
+
+    topic: str
+    old: tuple[float, ...]
+    new: tuple[float, ...]
+    cause: str
+    layers: tuple[str, ...] = ("",)
+    components: tuple[str, ...] = ()
+
+    def frame(self, controller: str, step: int, epoch: int, source: str, *, dry_run: bool) -> Frame:
+        """The action as a frame: its values are the new ones, its `meta` says the rest."""
+        values = torch.tensor(self.new, dtype=torch.float64)
+        if self.components:
+            values = values.view(len(self.layers), len(self.components))
+        old, new = (numbers[0] if len(numbers) == 1 else numbers for numbers in (self.old, self.new))
+        what = self.topic.removesuffix(".action")
+        verb = "would set" if dry_run else "set"
+        text = f"{controller} {verb} {what} from {_shown(self.old)} to {_shown(self.new)}: {self.cause}"
+        meta = {"text": text, "cause": self.cause, "old": old, "new": new, "dry_run": dry_run}
+        return Frame(
+            self.topic,
+            step,
+            self.layers,
+            values,
+            epoch=epoch,
+            components=self.components,
+            meta=meta,
+            kind=Kind.EVENT,
+            source=source,
+        )
+
+
+def _shown(numbers: tuple[float, ...]) -> str:
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]:.4g}"
+    return (
+        f"{min(numbers):.4g}..{max(numbers):.4g}"
+        if len(numbers) > 4
+        else ", ".join(f"{number:.4g}" for number in numbers)
+    )
+
+
+class _Links:
+    """What ties a controller to the process, and is no part of its state."""
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.actions: Subject[Frame] = Subject()
+        self.runtime: Runtime | None = None
+        self.attachment: ControllerAttachment | None = None
+        self.resources: CompositeDisposable = CompositeDisposable()
+
+
+class Controller(Ending, ObserverBase[Frame]):
+    """The end of a chain that acts on the run.
+
+    It is called on the training thread, once the frames of a burst have all been delivered, with
+    values on the host: those of the frame itself on the CPU, those of the frame before on CUDA, whose
+    copy has had a step's time (it waits for that one event). The same seed therefore gives the same
+    actions at the same steps.
+
+    Subclasses write `propose`, which looks at a frame and says what to do, and `apply`, which does it.
+    Between them stand what all controllers have in common: a frame with a NaN or infinite value, or
+    without a layer that was there before, is no input, and nothing happens; across the ranks of
+    `torch.distributed`'s default process group rank 0's decision is everybody's, so every rank must
+    subscribe the controller to the same chain; every action is a frame on `actions` and, on a lens, a
+    topic; with `dry_run=True` there are only these frames.
+
+    What stands in a controller's `__dict__` is its state: plain containers, numbers and tensors, saved
+    and restored with the chain's by `lens.state_dict()`. Everything else goes into slots.
+
+    Args:
+        dry_run: Only say what would be done.
+
+    Attributes:
+        held: Frames that were no input: not finite, or without a layer.
+        standing_back: Whether it has stopped acting because somebody else steers the same thing.
+    """
+
+    __slots__ = ("_links",)
+
+    needs_finite: ClassVar[bool] = True
+    """Whether a frame that is not finite, or lacks a layer, is no input."""
+
+    def __init__(self, *, dry_run: bool = False) -> None:
+        self._links = _Links(dry_run=dry_run)
+        self.held = 0
+        self.standing_back = False
+        self._seen: list[list[str]] = []
+
+    # -- what subclasses write ---------------------------------------------------------------
+
+    @abstractmethod
+    def propose(self, frame: Frame, noted: Any) -> Decision | None:
+        """Look at a frame whose values are on the host, and say what to do, if anything.
+
+        Args:
+            frame: The frame.
+            noted: What `note` gave when the frame came.
+        """
+
+    @abstractmethod
+    def apply(self, decision: Decision) -> None:
+        """Do it. What is raised is reported, and training goes on."""
+
+    def note(self) -> Any:
+        """What is to be remembered of the moment a frame came, for `propose`; plain data."""
+        return None
+
+    def attached(self) -> None:
+        """A chain has been ended in this; raise here what must fail at `subscribe`."""
+
+    # -- what they may use -------------------------------------------------------------------
+
+    @property
+    def actions(self) -> Subject[Frame]:
+        """What it has done, a frame an action, as an Observable."""
+        return self._links.actions
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether it only says what it would do."""
+        return self._links.dry_run
+
+    @property
+    def runtime(self) -> Runtime:
+        """The run that it acts on.
+
+        Raises:
+            StreamlensError: It ends no chain.
+        """
+        if self._links.runtime is None:
+            raise StreamlensError(f"{self.name} ends no chain: stream.subscribe(controller) first")
+        return self._links.runtime
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine of the observed model, if the chain comes from a lens."""
+        runtime = self._links.runtime
+        return runtime if isinstance(runtime, Engine) else None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The observed model."""
+        return None if self.engine is None else self.engine.model
+
+    @property
+    def action_topics(self) -> tuple[str, ...]:
+        """The topics of its actions; selectable on the lens once it is subscribed."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """What it is called in plans, reports and actions."""
+        return type(self).__name__
+
+    def claim(self, what: str, optimizer: Optimizer | None) -> None:
+        """Steer something of an optimizer (of all of the run's, without one) alone from now on.
+
+        Args:
+            what: What is steered, such as `"learning rate"`.
+            optimizer: Whose.
+
+        Raises:
+            StreamlensError: Another controller steers it.
+        """
+        if not self.dry_run:
+            claim(self, what, self.runtime, optimizer)
+
+    def hold(self, resource: DisposableBase) -> None:
+        """Dispose something with the subscription."""
+        self._links.resources.add(resource)
+
+    def stand_back(self, why: str) -> None:
+        """Act no more, and report why, once."""
+        if not self.standing_back:
+            self.standing_back = True
+            self.runtime.report(StreamlensError(f"{self.name} stands back: {why}"), self.name)
+
+    # -- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state as plain containers and tensors."""
+        return copy.deepcopy(self.__dict__)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.__dict__.update(copy.deepcopy(dict(state)))
+
+    # -- a chain comes and goes --------------------------------------------------------------
+
+    def attach(self, runtime: Runtime, chain: Chain) -> ControllerAttachment:
+        """Called by `subscribe`.
+
+        Raises:
+            StreamlensError: It ends a chain already, or cannot act on this run.
+        """
+        links = self._links
+        if links.runtime is not None:
+            raise StreamlensError(
+                f"this {self.name} ends a chain already: make another one, or merge the chains into one"
+            )
+        links.runtime, links.resources = runtime, CompositeDisposable()
+        try:
+            self.attached()
+        except BaseException:
+            self.detach()
+            raise
+        if isinstance(runtime, Source):
+            for topic in self.action_topics:
+                runtime.check_own_topic(topic)
+        attachment = links.attachment = ControllerAttachment(self, runtime)
+        chain.cells.append(attachment)
+        return attachment
+
+    def detach(self) -> None:
+        """Called when its chain has ended."""
+        links = self._links
+        release(self)
+        links.runtime = links.attachment = None
+        links.resources.dispose()
+
+    # -- as the observer of an Observable that is no stream of ours ---------------------------
+
+    def on_next(self, frame: Frame) -> None:
+        """Receive a frame from an Observable that was given the controller itself."""
+        if self._links.attachment is None:
+            self.attach(default_runtime(), Chain("an Observable", "an Observable"))
+        attachment = self._links.attachment
+        assert attachment is not None
+        attachment.on_next(frame)
+
+    def on_error(self, error: Exception) -> None:
+        """The Observable has ended with an error."""
+        self.detach()
+
+    def on_completed(self) -> None:
+        """The Observable has ended."""
+        self.detach()
+
+    # -- acting ------------------------------------------------------------------------------
+
+    def take(self, frame: Frame, noted: Any) -> None:
+        """Decide and act; called by the attachment, with values on the host."""
+        runtime = self._links.runtime
+        if runtime is None:
+            return
+        mine: Decision | None = None
+        if not self.standing_back and not (self.needs_finite and self._unfit(frame)):
+            mine = runtime.attempt(f"{self.name}.propose", self.propose, frame, noted)
+        # Also where nothing is proposed: every rank has to be there.
+        decision = agreed(mine)
+        if decision is None or decision.old == decision.new:
+            return
+        if not self.dry_run:
+            runtime.attempt(f"{self.name}.apply", self.apply, decision)
+        clock = runtime.clock if isinstance(runtime, Source) else frame
+        self.announce(decision.frame(self.name, clock.step, clock.epoch, frame.source, dry_run=self.dry_run))
+
+    def announce(self, action: Frame) -> None:
+        """Deliver the frame of an action, on `actions` and to whoever selected its topic."""
+        runtime = self.runtime
+        runtime.attempt(f"a subscriber of the actions of {self.name}", self.actions.on_next, action)
+        if isinstance(runtime, Source):
+            runtime.emit_frame(action)
+
+    def _unfit(self, frame: Frame) -> bool:
+        """Whether a frame is no input; counted."""
+        layers = set(frame.layers)
+        missing = not layers or any(layers < set(known) for known in self._seen)
+        if missing or not all(bool(value.isfinite().all()) for _, value in frame.items()):
+            self.held += 1
+            return True
+        if not any(layers == set(known) for known in self._seen):
+            self._seen.append(list(frame.layers))
+        return False
