@@ -204,7 +204,7 @@ class RatioLR(RateController):
         """
         if self._optimizer is not None or self._scaler is not None or self._law.mode != "base":
             raise ValueError(
-                'RatioLR is callable for LambdaLR with mode="base", no optimizer and no per_layer: that sets rates'
+                'RatioLR serves LambdaLR with mode="base", no optimizer and no per_layer: it sets the rates'
             )
         self.called = True
         return self._law.factor(self.target_at(self._last_step), self.mean_ratio)
