@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamlens.runs import read_run
+from streamlens.views.alerts import alert_list
 from streamlens.views.sections import ModelRows, ReadableRun, Section, read_models, sections
 from streamlens.views.summary import Tile, last_step, tiles, time_span
 from streamlens.views.theme import vega_config
@@ -90,6 +91,7 @@ def _page(run: ReadableRun) -> str:
         settings=_settings(settings),
         tiles=_tiles(tiles(models)),
         hint=_HINT if found else "",
+        alerts="\n".join(alert_list(model.alerts, model.name) for model in models),
         sections="\n".join(_sections(found)) if found else _EMPTY,
         missing=_missing(models) if found else "",
         charts=_json(charts),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import altair as alt
 
 from streamlens.views.accuracy import accuracies
+from streamlens.views.alerts import PREFIX, Alert, alerts, with_marks
 from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.loss import loss
@@ -79,11 +80,13 @@ class ModelRows:
         name: The name given to `observe(model, name=...)`, or `""`.
         rows: The rows of each topic, without the name in front.
         layers: The layers of each topic, in model order, without the name in front.
+        alerts: The alerts, in the order of their starts.
     """
 
     name: str
     rows: dict[str, pd.DataFrame] = field(default_factory=dict)
     layers: dict[str, list[str]] = field(default_factory=dict)
+    alerts: list[Alert] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +118,35 @@ def read_models(run: ReadableRun) -> list[ModelRows]:
         The models in the order in which they were recorded; what has no model's name first.
     """
     models: dict[str, ModelRows] = {"": ModelRows("")}
+    told: dict[str, dict[str, pd.DataFrame]] = {}
     for topic in run.topics:
         # A name of the user's own may hold a slash too: only a known topic after it makes a model.
         name, _, base = topic.rpartition("/")
+        if base.startswith(PREFIX):
+            told.setdefault(name, {})[base] = _short(run.dataframe(topic), name)
         if base not in TOPICS:
             continue
         model = models.setdefault(name, ModelRows(name))
         rows = run.dataframe(topic, max_points=_MOST_READ)
-        layers = run.layers(topic)
-        if name:
-            prefix = f"{name}."
-            short = {layer: layer.removeprefix(prefix) for layer in layers}
-            layers = list(short.values())
-            rows = rows.assign(layer=[short[layer] for layer in rows["layer"].tolist()])
-        model.rows[base] = rows
-        model.layers[base] = layers
-    return [model for model in models.values() if any(len(rows) for rows in model.rows.values())]
+        model.rows[base] = _short(rows, name)
+        model.layers[base] = [_shorter(layer, name) for layer in run.layers(topic)]
+    for name, tables in told.items():
+        models.setdefault(name, ModelRows(name)).alerts.extend(alerts(tables))
+    return [m for m in models.values() if m.alerts or any(len(rows) for rows in m.rows.values())]
+
+
+def _short(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows with layers that do not begin with the model's name."""
+    if not name or "layer" not in rows:
+        return rows
+    return rows.assign(layer=[_shorter(layer, name) for layer in rows["layer"].tolist()])
+
+
+def _shorter(layer: str, name: str) -> str:
+    """A layer without the model's name in front; the model itself is `""`."""
+    if not name or layer == name:
+        return layer if not name else ""
+    return layer.removeprefix(f"{name}.")
 
 
 def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[Section]:
@@ -149,7 +165,8 @@ def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Sect
     found: list[Section] = []
 
     def add(key: str, title: str, reading: str, chart: alt.LayerChart) -> None:
-        found.append(Section(key, model.name, title, reading, chart))
+        marked = with_marks(chart, model.alerts, limits)
+        found.append(Section(key, model.name, title, reading, marked))
 
     cells = min(_MOST_CELLS * budget // _MOST_POINTS, len(rows.get("uw_ratio", ())))
     # The norms of many layers take whatever the others leave.

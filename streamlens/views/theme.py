@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import altair as alt
 
-__all__ = ["NOT_FINITE", "Mode", "themed", "vega_config"]
+__all__ = ["ALERT", "NOT_FINITE", "Mode", "themed", "vega_config"]
 
 _Chart = TypeVar("_Chart", alt.Chart, alt.LayerChart, alt.VConcatChart, alt.HConcatChart)
 
@@ -18,6 +18,9 @@ Mode = Literal["light", "dark"]
 
 NOT_FINITE: Final = "#e6007e"
 """Marks NaN and infinities, in both modes; no scale of the theme comes near it."""
+
+ALERT: Final = "#d1242f"
+"""Marks alerts, in both modes."""
 
 _FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlens.operators.alerts._inputs import Input
     from streamlens.stream import Stream
 
-__all__ = ["Judge", "Look", "Rule", "Severity", "Verdict", "number"]
+__all__ = ["Judge", "Look", "Rule", "Severity", "Verdict", "called", "number"]
 
 Severity: TypeAlias = Literal["info", "warning", "critical"]
 
@@ -202,9 +202,16 @@ class Rule:
     @staticmethod
     def named(verdict: Verdict, index: Sequence[int]) -> str:
         """The layers with their values, the first few: `features.0 (0.93), ...`."""
-        parts = [f"{verdict.layers[i] or 'the model'} ({number(verdict.values[i])})" for i in index]
+        parts = [f"{called(verdict.layers[i])} ({number(verdict.values[i])})" for i in index]
         more = len(parts) - _MOST_NAMED
         return ", ".join(parts[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def called(layer: str) -> str:
+    """A layer as sentences call it: those of a Sequential are mere numbers."""
+    if not layer:
+        return "the model"
+    return f"layer {layer}" if layer.isdigit() else layer
 
 
 def number(value: float) -> str:

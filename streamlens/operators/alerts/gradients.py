@@ -173,10 +173,10 @@ class _ExplodingGradients(Rule):
         return _Exploding(self.factor, self.floor, self.above)
 
     def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
-        against = "the norm of all weights" if verdict.group == "size" else "its usual size"
+        against = "the norm of all weights" if verdict.group == "size" else "their usual size"
         return (
-            f"The gradient of {self.named(verdict, index)} times {against} (more than "
-            f"{number(float(np.max(verdict.threshold)))}): the next updates may throw the weights far off"
+            f"Gradients are more than {number(float(np.max(verdict.threshold)))} times {against}: "
+            f"{self.named(verdict, index)}; updates may throw the weights far off"
         )
 
     @property

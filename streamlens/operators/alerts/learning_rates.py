@@ -101,9 +101,10 @@ class _TooHigh(Rule):
         return _High(self.above, self.at_once, self.fall)
 
     def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
+        unpaid = ", and the loss has not come down by it" if verdict.threshold == self.above else ""
         return (
             f"Updates change the weights by a share of {number(verdict.values[0])} a step (median of the "
-            f"layers, above {number(float(np.max(verdict.threshold)))}), and the loss has not come down by it"
+            f"layers, above {number(float(np.max(verdict.threshold)))}){unpaid}"
         )
 
     @property

@@ -16,7 +16,7 @@ from streamlens.operators.alerts._inputs import (
     WEIGHT_NORMS,
     Input,
 )
-from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict
+from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict, called
 
 __all__ = ["nonfinite_values"]
 
@@ -111,8 +111,7 @@ class _NonfiniteValues(Rule):
         return _Nonfinite(self.phases)
 
     def meaning(self, verdict: Verdict, index: Sequence[int]) -> str:
-        layer = verdict.layers[index[0]] or "the model"
-        where = _WHERE[verdict.group].format(layer)
+        where = _WHERE[verdict.group].format(called(verdict.layers[index[0]]))
         return f"Values that are NaN or infinite appeared, first in {where} (phase: {verdict.group})"
 
     @property
