@@ -54,13 +54,20 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
                 yield from tensors_in(entry, depth + 1)
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor of a nested output that a gradient reaches, else its first tensor."""
+def first_tensor(value: Any, *, but: Tensor | None = None) -> Tensor | None:
+    """The first tensor of a nested output that a gradient reaches, else its first tensor.
+
+    Args:
+        value: The output.
+        but: A tensor that is passed over where there is another.
+    """
     if isinstance(value, Tensor):
         return value
     first: Tensor | None = None
     for tensor in tensors_in(value):
+        if tensor is but:
+            continue
         if tensor.requires_grad and torch.is_grad_enabled():
             return tensor
         first = tensor if first is None else first
-    return first
+    return but if first is None else first

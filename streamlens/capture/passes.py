@@ -184,7 +184,8 @@ class PassWatch:
         due = self._engine.due_now
         if not due or not self.watches_passes:
             return
-        result = first_tensor(output)
+        # Of an output that carries its loss in front, the prediction is what follows.
+        result = first_tensor(output, but=loss_of_output(output))
         if result is not None and rooted:
             self._engine.forward.measure_batch("network_output", result, due)
         elif result is not None and "network_output" in self._engine.topics and not is_loss:

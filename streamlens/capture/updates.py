@@ -305,6 +305,9 @@ class UpdateCapture:
         call.elapsed = self.pace.step_time() if call.first else None
         if call.plan is None or engine.silent:
             self._parameters.renew(info.entries, keep_next=False)
+            if not (engine.silent or engine.idle):
+                # Averages over the micro-steps are due, whether or not anything of the parameters is.
+                engine.post_mark(Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
         elif info.stands_in and not self._copied_back(call):
             self._waiting = self._waiting or call
         else:
