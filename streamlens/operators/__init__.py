@@ -30,11 +30,14 @@ from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.effective_lr import effective_lr
 from streamlens.operators.ema import ema
 from streamlens.operators.flight_recorder import FlightRecorder, flight_recorder
+from streamlens.operators.generalisation_gap import generalisation_gap
 from streamlens.operators.gradient_noise_scale import gradient_noise_scale
 from streamlens.operators.gradient_snr import gradient_snr
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
 from streamlens.operators.hessian_trace import hessian_trace
 from streamlens.operators.histogram import histogram
+from streamlens.operators.loss import loss
+from streamlens.operators.loss_decrease import loss_decrease
 from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
 from streamlens.operators.quantiles import median, percentile_bands, quantiles
@@ -61,6 +64,8 @@ from streamlens.operators.statistics import (
     var,
     zero_fraction,
 )
+from streamlens.operators.test_accuracy import test_accuracy
+from streamlens.operators.train_accuracy import train_accuracy
 from streamlens.operators.when import when
 from streamlens.operators.window import window
 from streamlens.stream import Operator
@@ -86,6 +91,7 @@ __all__ = [
     "every",
     "exploding_gradients",
     "flight_recorder",
+    "generalisation_gap",
     "gradient_noise_scale",
     "gradient_snr",
     "health",
@@ -98,6 +104,8 @@ __all__ = [
     "layers",
     "learning_rate_too_high",
     "learning_rate_too_low",
+    "loss",
+    "loss_decrease",
     "loss_not_decreasing",
     "loss_spike",
     "maximum",
@@ -128,8 +136,10 @@ __all__ = [
     "spectral_norm",
     "stable_rank",
     "std",
+    "test_accuracy",
     "topic",
     "total",
+    "train_accuracy",
     "unchanged_weights",
     "uw_ratio",
     "vanishing_gradients",

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from streamlens.errors import StreamlensError
 from streamlens.layers import LayerSelector
+from streamlens.operators._batches import called, examples_in, map_tensors, moved
 from streamlens.operators._isolated import (
     isolated_copy,
     repeatable,
@@ -101,11 +102,11 @@ class LossSurface:
                 # The others are constants: their second derivatives would cost and be thrown away.
                 parameter.requires_grad_(name in names)
             device = isolated.parameters[names[0]].device
-            batches = [cast("Batch", _moved(batch, device)) for batch in self.batches]
+            batches = [cast("Batch", moved(_widened(batch), device)) for batch in self.batches]
 
             def gradients(batch: Batch) -> list[Tensor]:
                 with repeatable(copied, self.seed):
-                    value = loss(_called(copied, batch[0]), batch[1])
+                    value = loss(called(copied, batch[0]), batch[1])
                 self._check(value)
                 found = torch.autograd.grad(value, chosen, create_graph=True, allow_unused=True)
                 if all(gradient is None for gradient in found):
@@ -114,7 +115,7 @@ class LossSurface:
                 return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
             chosen = [isolated.parameters[name] for name in names]
-            weights = [_examples(batch) for batch in batches]
+            weights = [examples_in(batch) for batch in batches]
             total = sum(weights)
             yield Hessian(
                 dict(zip(names, chosen, strict=True)), gradients, batches, [w / total for w in weights]
@@ -254,36 +255,6 @@ def _shown(value: object) -> str:
     return f"{type(value).__name__}"
 
 
-def _called(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Nested tensors on a device, without half precision."""
-    if isinstance(value, Tensor):
-        return widened_input(value.detach()).to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        moved = [_moved(entry, device) for entry in value]
-        if isinstance(value, list):
-            return moved
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
-    return value
-
-
-def _examples(batch: Batch) -> int:
-    """How many examples a batch has: the length of its first tensor."""
-    found: list[int] = []
-
-    def look(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.append(len(value) if value.ndim else 1)
-        elif isinstance(value, Mapping | list | tuple):
-            for entry in value.values() if isinstance(value, Mapping) else value:
-                look(entry)
-
-    look(batch)
-    return found[0] if found else 1
+def _widened(batch: Any) -> Any:
+    """A batch without graph and half precision."""
+    return map_tensors(lambda tensor: widened_input(tensor.detach()), batch)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["IsolatedCopy", "isolated_copy", "repeatable", "twice_differentiable", "widened_input"]
+__all__ = [
+    "IsolatedCopy",
+    "isolated_copy",
+    "repeatable",
+    "twice_differentiable",
+    "unwrapped",
+    "widened_input",
+]
 
 _TRAINERS: Final = ("_trainer", "_fabric")
 """Attributes through which a LightningModule knows all that trains it."""
@@ -107,6 +114,13 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
         return inner
     # What torch.compile(module) returns; naming its class would import the compiler.
     return module._modules.get("_orig_mod")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without what only wraps it: data parallelism, `torch.compile`."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
 
 
 def widened_input(tensor: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 Such a metric writes a `ModelNode` with one method, `evaluate(model, frame)`, and applies it with
 `on_model`. On a Lens with no topic selected it is due at each update of the lens's cadence, as in
 `lens.pipe(every(500), hessian_eigenvalues(...))`; on any other stream at each frame, as in
-`lens.pipe(topic("epoch_finished"), test_accuracy(loader))`.
+`lens.pipe(topic("epoch_finished"), test_accuracy(loader))`. One that goes through a whole data set is
+due at the end of each epoch unless it is told otherwise (`due_per_epoch`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -24,9 +27,19 @@ from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import OperatorNode
+from streamlens.operators._isolated import unwrapped
+from streamlens.operators.selection import every as keep_every
 from streamlens.stream import Stream, as_stream
 
-__all__ = ["FindModel", "ModelNode", "on_model", "undisturbed"]
+__all__ = [
+    "FindModel",
+    "ModelNode",
+    "check_every",
+    "due_per_epoch",
+    "evaluating",
+    "on_model",
+    "undisturbed",
+]
 
 FindModel: TypeAlias = Callable[[], nn.Module | None]
 """Gives the model while it exists: nothing here keeps one alive."""
@@ -53,6 +66,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(of_numpy)  # noqa: NPY002
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode, without gradients; `undisturbed` puts the modes back.
+
+    Modes are set by their flags: a model's own `train()` may do more, such as merging adapters into the
+    weights, and undoing that would not give the same bits. What is compiled runs as it is written, since
+    compiling it for evaluation counts against the number of times it may be compiled for training.
+    What only wraps a model (data parallelism, `torch.compile`) is left out: no rank waits for another.
+
+    Args:
+        model: The model.
+
+    Yields:
+        What to call.
+    """
+    for module in model.modules():
+        module.training = False
+    with contextlib.ExitStack() as stack:
+        # Not inference mode: what the model keeps from one call to the next must stay good for training.
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield unwrapped(model)
 
 
 class ModelNode(OperatorNode):
@@ -87,6 +125,39 @@ class ModelNode(OperatorNode):
         silence = self._lens.paused() if self._lens is not None else contextlib.nullcontext()
         with silence, undisturbed(model):
             return self.evaluate(model, frame)
+
+
+def check_every(operator: str, every: int | None) -> None:
+    """Raise unless a cadence is a number of steps, or left out.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"{operator}(every={every!r}): a number of steps from 1 on, or None")
+
+
+def due_per_epoch(source: Observable[Frame], every: int | None) -> Observable[Frame]:
+    """When a metric that goes through a data set is due.
+
+    On a Lens with no topic selected that is at the updates of steps divisible by `every`, or of the
+    lens's own cadence if it was given one, else at the end of each epoch. Another stream says by its frames
+    when; `every` chooses among them by their steps.
+
+    Args:
+        source: A Lens or a stream.
+        every: The cadence, in steps.
+    """
+    if isinstance(source, Lens) and not source.topics:
+        if every is None and source.view.every == 1:
+            return _of_the_whole(source, "epoch_finished")
+        source = _of_the_whole(source, "update_finished")
+    return source if every is None else keep_every(every)(source)
+
+
+def _of_the_whole(lens: Lens, topic: str) -> Lens:
+    """A topic of the clock, which belongs to no layer."""
+    return Lens(lens.engine, lens.session, replace(lens.view, selectors=())).narrow(topics=(topic,))
 
 
 def on_model(

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reactivex.abc import ObserverBase
 from reactivex.subject import Subject
+from torch.nn.functional import mse_loss
 
 import streamlens.operators
 import streamlens.operators.alerts
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
-from streamlens.nodes import Node, stateful
+from streamlens.nodes import Node, frame_operator, stateful
 from streamlens.operators import (
     absmax,
     across_layers,
@@ -33,6 +34,7 @@ from streamlens.operators import (
     effective_rank,
     ema,
     every,
+    generalisation_gap,
     gradient_noise_scale,
     gradient_snr,
     hessian_eigenvalues,
@@ -40,6 +42,8 @@ from streamlens.operators import (
     histogram,
     kurtosis,
     layers,
+    loss,
+    loss_decrease,
     maximum,
     mean,
     median,
@@ -63,8 +67,10 @@ from streamlens.operators import (
     spectral_norm,
     stable_rank,
     std,
+    test_accuracy,
     topic,
     total,
+    train_accuracy,
     uw_ratio,
     var,
     where,
@@ -77,6 +83,24 @@ from tests.operators.support import chain_of, saved_and_loaded
 
 MODEL = torch.nn.Linear(2, 1)
 BATCH = (torch.ones(3, 2), torch.zeros(3, 1))
+
+
+def fed(operator: Operator) -> Operator:
+    """An operator of what a forward pass gives, on streams that have topics of parameters."""
+
+    def more(frame: Frame) -> list[Frame]:
+        if frame.topic != "weights" or not len(frame):
+            return [frame]
+        batch = (torch.eye(2) + frame.step,)
+        topics = ("network_output", "input_labels")
+        return [
+            Frame("loss", frame.step, ("",), torch.tensor([1.0 + frame.step])),
+            *(Frame(name, frame.step, ("",), batch) for name in topics),
+            frame,
+        ]
+
+    return lambda source: operator(frame_operator(source, more, "fed"))
+
 
 OPERATORS: dict[str, Callable[[], Operator]] = {
     "absmax": absmax,
@@ -93,6 +117,7 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "ema": lambda: ema(0.5),
     "effective_rank": effective_rank,
     "every": lambda: every(1),
+    "generalisation_gap": lambda: fed(generalisation_gap([BATCH], model=MODEL, metric=mse_loss)),
     "gradient_noise_scale": lambda: gradient_noise_scale(batch_size=1),
     "gradient_snr": gradient_snr,
     "hessian_eigenvalues": lambda: hessian_eigenvalues(
@@ -102,6 +127,8 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "histogram": histogram,
     "kurtosis": kurtosis,
     "layers": lambda: layers("*"),
+    "loss": lambda: fed(loss()),
+    "loss_decrease": lambda: fed(loss_decrease(1)),
     "maximum": maximum,
     "mean": mean,
     "median": median,
@@ -125,8 +152,10 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "spectral_norm": spectral_norm,
     "stable_rank": stable_rank,
     "std": std,
+    "test_accuracy": lambda: test_accuracy([BATCH], model=MODEL, metric=mse_loss),
     "topic": lambda: topic("weights", "weight_updates"),
     "total": total,
+    "train_accuracy": lambda: fed(train_accuracy()),
     "uw_ratio": uw_ratio,
     "var": var,
     "where": lambda: where(lambda _: True),
