@@ -60,7 +60,7 @@ def test_two_watched_losses_stay_apart() -> None:
             (mse(out, torch.zeros(3, 2)) + l1(out, torch.zeros(3, 2))).backward()
             optimizer.step()
     assert [f.components for f in got] == [("mse_loss", "l1_loss")] * 2
-    assert [f.values.shape for f in decrease] == [(1, 2)]
+    assert [f[""].shape for f in decrease] == [(2,)]
 
 
 def test_a_plain_stream_averages_too_and_leaves_other_topics_out() -> None:
