@@ -8,7 +8,7 @@ lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(sl.sinks.TensorBoard("runs/mine"
 ```
 """
 
-from streamlens import control, operators, sinks
+from streamlens import control, operators, sinks, sources
 from streamlens.errors import (
     ClosedLensError,
     ExpiredFrameError,
@@ -25,6 +25,7 @@ from streamlens.observing import observe
 from streamlens.operators import *  # noqa: F403
 from streamlens.operators import __all__ as _operators
 from streamlens.runs import read_run
+from streamlens.sources import Feed
 from streamlens.stream import Operator, Stream
 from streamlens.topics import optimizer_state
 
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClosedLensError",
     "ExpiredFrameError",
+    "Feed",
     "Frame",
     "Kind",
     "LayerNotFoundError",
@@ -51,5 +53,6 @@ __all__ = [
     "optimizer_state",
     "read_run",
     "sinks",
+    "sources",
 ]
 __all__ += _operators

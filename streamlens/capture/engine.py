@@ -35,7 +35,6 @@ from streamlens.capture.updates import UpdateCapture
 from streamlens.capture.view import View
 from streamlens.chain import Mark, MarkKind
 from streamlens.errors import ClosedLensError, StreamlensError
-from streamlens.frame import Kind
 from streamlens.layers import LayerSelector
 from streamlens.topics import Phase, topic_spec
 
@@ -264,15 +263,7 @@ class Engine(Source):
             return
         if self.clock.updated:
             self.close_step()
-        step = max(self.clock.step - 1, 0)
-        ended = self.clock.end_epoch()
-        demands = [d for d in self.demands if "epoch_finished" in d.view.topics and d.view.due(step)]
-        frame = self.frame("epoch_finished", _MODEL, torch.tensor([float(ended)]), kind=Kind.EVENT).replace(
-            step=step, epoch=ended
-        )
-        if not self.silent:
-            self.post_frames([(demands, frame)] if demands else [])
-        self.post_mark(Mark(MarkKind.EPOCH, step, ended))
+        self.announce_epoch()
 
     @property
     def outdated(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamlens.capture.provider import Provider
 from streamlens.capture.view import Demand, View
-from streamlens.chain import Mark, current_chain
+from streamlens.chain import Mark, MarkKind, current_chain
 from streamlens.frame import Frame, Kind, Lease
 from streamlens.topics import TOPICS, TopicSpec, check_own_topic, topic_spec, unknown_topic
 
@@ -277,6 +277,18 @@ class Source(Provider):
         """Deliver an event that carries an index."""
         if topic in self.topics and self.due_now:
             self.emit(topic, _MODEL, torch.tensor([float(index)]), Kind.EVENT)
+
+    def announce_epoch(self) -> None:
+        """The epoch is over, and its last step is closed: an event, and a mark."""
+        step = max(self.clock.step - 1, 0)
+        ended = self.clock.end_epoch()
+        demands = [d for d in self.demands if "epoch_finished" in d.view.topics and d.view.due(step)]
+        frame = self.frame("epoch_finished", _MODEL, torch.tensor([float(ended)]), kind=Kind.EVENT).replace(
+            step=step, epoch=ended
+        )
+        if not self.silent:
+            self.post_frames([(demands, frame)] if demands else [])
+        self.post_mark(Mark(MarkKind.EPOCH, step, ended))
 
     # -- state and the end -------------------------------------------------------------------
 
