@@ -16,11 +16,12 @@ BROWSERS := chromium chromium-browser google-chrome
 DEMO := runs/demo
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench browser setup clean
+.PHONY: help demo test soak lint format bench browser setup clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits; leaves $(DEMO)/report.html"
 	@echo "make test    run the test suite"
+	@echo "make soak    run the tests that take long: kills, long runs, wide searches"
 	@echo "make lint    check style, types and docstrings"
 	@echo "make format  put the code into its standard format"
 	@echo "make bench   measure what observing costs"
@@ -59,6 +60,10 @@ demo: $(VENV)/.lab-installed
 # Two workers with a thread each: more threads than cores would only wait for each other.
 test: $(VENV)/.dev-installed browser
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not soak" $(PYTEST_ARGS)
+
+# One worker: the long runs weigh memory.
+soak: $(VENV)/.dev-installed
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m soak $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -188,6 +188,7 @@ class Delivery:
         done = [channel.await_flush(number, _left(deadline)) for channel, number in asked]
         done += [channel.finish(deadline) for channel in channels if not channel.in_use]
         process.restore_sigterm()
+        self._retire()
         self._raise_pending()
         return all(done)
 
