@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,39 +13,39 @@ from pathlib import Path
 import pytest
 
 import streamlens as sl
+from tests.harmless_scripts import trained_until_killed
 
-ROOT = Path(__file__).parents[1]
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills as Unix knows them")
-
-
-def start(path: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.harmless_scripts", "trained_until_killed", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-    )
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="kills as Unix knows them"),
+    # Python 3.12 and later warn of a fork beside threads.
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
 
 
-def end(process: subprocess.Popen[bytes], how: signal.Signals, after: float) -> list[tuple[str, int, float]]:
-    """End a process some time after it began to train; what it said until then."""
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    # It fills the pipe else, and waits.
-    os.set_blocking(process.stdout.fileno(), False)
-    text = first
+def end(path: Path, how: signal.Signals, after: float) -> list[tuple[str, int, float]]:
+    """Train in a process that is ended some time after its first step; what it said until then."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(send, 1)
+            trained_until_killed(str(path))
+        finally:
+            os._exit(70)
+    os.close(send)
+    text = os.read(receive, 65536)
     deadline = time.monotonic() + after
-    while time.monotonic() < deadline:
-        text += process.stdout.read() or b""
-        time.sleep(0.001)
-    process.send_signal(how)
-    while process.poll() is None:
-        text += process.stdout.read() or b""
-        time.sleep(0.001)
-    text += process.stdout.read() or b""
-    process.stdout.close()
-    assert process.returncode == -how
+    os.set_blocking(receive, False)
+    # A full pipe would make it wait.
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([receive], [], [], left)[0]:
+            text += os.read(receive, 65536)
+    os.kill(child, how)
+    os.set_blocking(receive, True)
+    while more := os.read(receive, 65536):
+        text += more
+    os.close(receive)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == how
     # A line that was cut short by the kill was not said.
     lines = text.decode().rpartition("\n")[0].splitlines()
     return [(what, int(step), float(at)) for what, step, at in map(str.split, lines)]
@@ -64,7 +64,7 @@ def survives_kill(path: Path, after: float, slack: float) -> None:
         after: Seconds after its first step.
         slack: Seconds beyond the promised one that a busy machine may take to wake a worker.
     """
-    said = end(start(path), signal.SIGKILL, after)
+    said = end(path, signal.SIGKILL, after)
     killed_at = max(at for what, _, at in said if what == "step")
     stored = stored_steps(path) if path.exists() else []
     assert stored == list(range(len(stored))), "in order, each once, none missing in between"
@@ -79,7 +79,7 @@ def test_a_killed_run_has_all_that_was_acknowledged_and_all_but_its_last_second(
 
 
 def test_sigterm_loses_nothing(tmp_path: Path) -> None:
-    said = end(start(tmp_path / "run.db"), signal.SIGTERM, 0.2)
+    said = end(tmp_path / "run.db", signal.SIGTERM, 0.2)
     last = max(step for what, step, _ in said if what == "step")
     # Of the step under way the frame may be there already.
     assert stored_steps(tmp_path / "run.db") in (list(range(last + 1)), list(range(last + 2)))
