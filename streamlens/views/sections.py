@@ -144,9 +144,7 @@ def _short(rows: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def _shorter(layer: str, name: str) -> str:
     """A layer without the model's name in front; the model itself is `""`."""
-    if not name or layer == name:
-        return layer if not name else ""
-    return layer.removeprefix(f"{name}.")
+    return "" if name and layer == name else layer.removeprefix(f"{name}." if name else "")
 
 
 def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[Section]:

@@ -151,7 +151,7 @@ def _saturation() -> Operator:
             raise LayerNotFoundError("no nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh or nn.Softsign")
         if not isinstance(source, Lens):
             return merged(source, found)
-        last = list(source.module_classes())[-1]
+        last = next(reversed(list(source.module_classes())), None)
         return where_layers(merged(source, found), lambda name: name.partition("@")[0] != last)
 
     return apply
