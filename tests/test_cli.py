@@ -168,6 +168,21 @@ def test_optimizer_rate_and_schedule_reach_the_run(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.02] * 3 + [0.02 * 0.95] * 3)
 
 
+def test_the_ratio_schedule_is_told_its_target_and_its_actions_are_recorded(tmp_path: Path) -> None:
+    options = ("-o", "sgd", "--schedule", "ratio", "--target", "0.004", "--ratio-mode", "current")
+    assert train(*options, "--out", tmp_path).exit_code == 0
+    with read_run(tmp_path / "run.db") as run:
+        assert run.metadata["schedule"] == "ratio"
+        assert run.metadata["target"] == 0.004
+        assert run.metadata["ratio_mode"] == "current"
+        actions = run.dataframe("learning_rate.action")
+        rates = run.dataframe("learning_rate")
+    first_layer = rates[rates.layer == rates.layer.iloc[0]].set_index("step").value
+    assert len(actions) > 3
+    for step, value in zip(actions.step[:-1], actions.value[:-1], strict=True):
+        assert first_layer[step + 1] == pytest.approx(value)
+
+
 def test_subsample_records_every_nth_step(tmp_path: Path) -> None:
     train(*SHORT, "--ratio", "-s", "4", "-v", "none", "--out", tmp_path)
     with read_run(tmp_path / "run.db") as run:
@@ -229,8 +244,8 @@ def test_every_option_has_help_and_a_default() -> None:
     for flag in (
         "-m, --model", "-d, --dataset", "-b, --batch-size", "-e, --epochs", "-o, --optimizer",
         "-l, --learning-rate", "-s, --subsample", "--depth", "-v, --visualisation", "-V, --verbose",
-        "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--seed",
-        "--threads", "--out",
+        "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--target",
+        "--ratio-mode", "--seed", "--threads", "--out",
     ):  # fmt: skip
         entry = re.search(rf"^  {flag}\b(.+?)(?=^  -|\Z)", text, flags=re.MULTILINE | re.DOTALL)
         assert entry, flag

@@ -33,6 +33,13 @@ class Visualisation(enum.StrEnum):
     NONE = "none"
 
 
+class RatioMode(enum.StrEnum):
+    """What the ratio schedule multiplies."""
+
+    BASE = "base"
+    CURRENT = "current"
+
+
 def _known(kind: str, names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
     """A check of an option's value that gives it as registered, or says what was meant."""
 
@@ -69,7 +76,7 @@ def _schedules() -> Iterable[str]:
     return SCHEDULES
 
 
-def _learning_rate(value: float) -> float:
+def _positive(value: float) -> float:
     if not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not a finite number above 0")
     return value
@@ -120,16 +127,31 @@ def train(
     ] = "Adam",
     learning_rate: Annotated[
         float,
-        typer.Option("--learning-rate", "-l", help="Learning rate, above 0.", callback=_learning_rate),
+        typer.Option("--learning-rate", "-l", help="Learning rate, above 0.", callback=_positive),
     ] = 3e-3,
     schedule: Annotated[
         str,
         typer.Option(
             "--schedule",
-            help="Of the learning rate: constant, or exponential (times 0.95 after each epoch).",
+            help="Of the learning rate: constant, exponential (times 0.95 after each epoch), or ratio "
+            "(set after each update so that the update-to-weight ratio comes to --target).",
             callback=_known("schedule", _schedules),
         ),
     ] = "constant",
+    target: Annotated[
+        float,
+        typer.Option(
+            "--target", help="Update-to-weight ratio that --schedule ratio aims at.", callback=_positive
+        ),
+    ] = 1e-3,
+    ratio_mode: Annotated[
+        RatioMode,
+        typer.Option(
+            "--ratio-mode",
+            help="What --schedule ratio multiplies: the base rate (settles between it and the ideal one) or "
+            "the current rate (reaches the target).",
+        ),
+    ] = RatioMode.BASE,
     subsample: Annotated[int, typer.Option("--subsample", "-s", help="Watch every n-th step.", min=1)] = 1,
     depth: Annotated[
         int,
@@ -227,6 +249,8 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         schedule=schedule,
+        target=target,
+        ratio_mode=ratio_mode.value,
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
@@ -239,7 +263,7 @@ def train(
             ratio=ratio,
             norm=norm,
             variance=variance,
-            emitted=measure,
+            emitted=[*measure, *(["learning_rate.action"] if schedule == "ratio" else [])],
             subsample=subsample,
             depth=depth,
         )

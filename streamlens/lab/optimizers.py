@@ -35,7 +35,7 @@ def _all_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
 OPTIMIZERS: Final[Mapping[str, type[torch.optim.Optimizer]]] = _all_optimizers()
 """The optimizers of `torch.optim` that suit a plain loop over dense parameters."""
 
-SCHEDULES: Final[tuple[str, ...]] = ("constant", "exponential")
+SCHEDULES: Final[tuple[str, ...]] = ("constant", "exponential", "ratio")
 """The learning-rate schedules that `make_schedule` knows by name."""
 
 
@@ -69,7 +69,8 @@ def make_schedule(name: str, optimizer: torch.optim.Optimizer, *, decay: float =
     """Build a schedule, to be stepped once an epoch.
 
     Args:
-        name: `"constant"`, or `"exponential"`: the rate of epoch e is `decay**e` times the first.
+        name: `"constant"`; `"exponential"`: the rate of epoch e is `decay**e` times the first; or
+            `"ratio"`: the schedule leaves the rate to a controller (`streamlens.control.RatioLR`).
         optimizer: Whose rate it sets.
         decay: The factor an epoch, in (0, 1].
 

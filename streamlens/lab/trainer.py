@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import streamlens as sl
 from streamlens.lab._registry import lookup
 from streamlens.lab.data import ImageDataset, make_loader
-from streamlens.lab.optimizers import make_optimizer, make_schedule
+from streamlens.lab.optimizers import SCHEDULES, make_optimizer, make_schedule
 
 __all__ = ["EpochResult", "Trainer"]
 
@@ -50,7 +50,10 @@ class Trainer:
         data: What to learn.
         optimizer: One of `OPTIMIZERS` by name, or an optimizer over the model's parameters.
         learning_rate: For an optimizer given by name.
-        schedule: One of `SCHEDULES`, stepped once an epoch.
+        schedule: One of `SCHEDULES`, stepped once an epoch. With `"ratio"` a `RatioLR` sets the rate
+            after every update.
+        target: The update-to-weight ratio that `"ratio"` aims at.
+        ratio_mode: Its law, `"base"` or `"current"`.
         epochs: How many times to go through the training set.
         batch_size: Examples an update.
         seed: Of the order of the batches.
@@ -69,6 +72,8 @@ class Trainer:
         optimizer: str | torch.optim.Optimizer = "Adam",
         learning_rate: float = 3e-3,
         schedule: str = "constant",
+        target: float = 1e-3,
+        ratio_mode: Literal["base", "current"] = "base",
         epochs: int = 10,
         batch_size: int = 128,
         seed: int = 0,
@@ -88,6 +93,8 @@ class Trainer:
             optimizer = make_optimizer(optimizer, model.parameters(), learning_rate)
         self.optimizer = optimizer
         self.schedule = make_schedule(schedule, optimizer)
+        ratio = lookup("schedule", schedule, dict.fromkeys(SCHEDULES))[0] == "ratio"
+        controller = sl.control.RatioLR(optimizer, target=target, mode=ratio_mode) if ratio else None
         known = {
             "model": type(model).__name__,
             "dataset": data.name,
@@ -97,10 +104,13 @@ class Trainer:
             "epochs": epochs,
             "batch_size": batch_size,
             "seed": seed,
+            **({"target": target, "ratio_mode": ratio_mode} if ratio else {}),
         }
         self.lens = sl.observe(
             model, loss=self.criterion, emits=tuple(self._measured), metadata={**known, **(metadata or {})}
         )
+        if controller is not None:
+            self.lens.pipe(sl.uw_ratio()).subscribe(controller)
 
     @property
     def steps(self) -> int:

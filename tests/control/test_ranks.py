@@ -20,7 +20,16 @@ def run(store: Path, spoilt_rank: int) -> list[dict[str, Any]]:
     bootstrap += "runpy.run_path(sys.argv[0], run_name='__main__')"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", bootstrap, str(root), str(SCRIPT), str(rank), str(store), str(spoilt_rank)],
+            [
+                sys.executable,
+                "-c",
+                bootstrap,
+                str(root),
+                str(SCRIPT),
+                str(rank),
+                str(store),
+                str(spoilt_rank),
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )

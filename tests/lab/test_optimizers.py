@@ -76,7 +76,7 @@ def test_bad_schedules_are_errors_that_say_what_is_known() -> None:
         make_schedule("exponental", optimizer)
     with pytest.raises(ValueError, match=r"decay must lie in \(0, 1\], got 1.5"):
         make_schedule("exponential", optimizer, decay=1.5)
-    assert set(SCHEDULES) == {"constant", "exponential"}
+    assert set(SCHEDULES) == {"constant", "exponential", "ratio"}
 
 
 def test_a_seed_repeats_what_python_numpy_and_torch_draw() -> None:

@@ -152,3 +152,23 @@ def test_alexnet_mini_learns_the_digits_to_90_percent_in_two_epochs_of_small_bat
     accuracy = results[-1].test_accuracy
     assert accuracy is not None
     assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("mode", ["base", "current"])
+def test_the_ratio_schedule_is_a_ratio_lr_on_the_run(mode: Any) -> None:
+    data = small_data()
+    ours = trainer(small_model(), data, optimizer="SGD", schedule="Ratio", target=5e-3, ratio_mode=mode)
+    ours.fit()
+    ours.lens.close()
+
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = DataLoader(data.train, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(5))
+    with sl.observe(model, on_error="raise") as lens:
+        lens.pipe(sl.uw_ratio()).subscribe(sl.control.RatioLR(target=5e-3, mode=mode))
+        for images, labels in list(loader) + list(loader) + list(loader):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    assert ours.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.01
+    assert all(map(torch.equal, ours.model.parameters(), model.parameters()))
