@@ -260,12 +260,12 @@ class Lens(Stream):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Silence a region: forwards and updates in it emit nothing and do not count as passes."""
-        self.source.paused += 1
-        try:
+        """Silence a region: forwards and updates in it emit nothing and do not count as passes.
+
+        The model has none of our hooks in it, so that `torch.jit.script(model)` works.
+        """
+        with self.source.silenced():
             yield
-        finally:
-            self.source.paused -= 1
 
     def watch_loss(self, loss: Callable[P, R]) -> Callable[P, R]:
         """Watch a loss: an `nn.Module`, or any callable `(prediction, labels) -> loss`.

@@ -99,7 +99,8 @@ def observe(
     close_orphans()
     cell = current_cell()
     _close_rerun_cell(cell)
-    engine = engine_of(model)
+    # Within `paused()` the model has no hooks that would know.
+    engine = engine_of(model) or next((e for e in _engines if e.paused and e.model is model), None)
     if engine is None or engine.closed:
         engine = Engine(
             model,

@@ -17,12 +17,14 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture import losses, pass_hooks, root
 from streamlens.capture.absent import Absent
 from streamlens.capture.compiled import CompiledPasses, hook_guards, prepare_compiler
 from streamlens.capture.copies import Copy
 from streamlens.capture.forward import ForwardCapture
+from streamlens.capture.hooks import Lifted
 from streamlens.capture.losses import LossCapture
 from streamlens.capture.model import ModelIndex
 from streamlens.capture.optimizers import step_watch
@@ -149,6 +151,20 @@ class Engine(Source):
             yield
         finally:
             self._suppressed -= 1
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """A region in which nothing is taken, and the model is without our hooks."""
+        lifted = None if self.paused else Lifted(self._module_handles())
+        try:
+            with super().silenced():
+                yield
+        finally:
+            if lifted is not None:
+                lifted.put_back(self._module_handles())
+
+    def _module_handles(self) -> list[RemovableHandle]:
+        return [*self._root.handles, *self.forward.modules.handles, *self.losses.handles]
 
     def guard(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call a part of the engine from a hook: what fails in it must not reach training."""

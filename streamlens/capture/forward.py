@@ -49,7 +49,7 @@ class ForwardCapture:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._modules = ModuleHooks(engine)
+        self.modules = ModuleHooks(engine)
         self._parameter_handles: list[RemovableHandle] = []
         self._leaf_handles: list[RemovableHandle] = []
         self._plans: dict[tuple[int, ...], PassPlan] = {}
@@ -106,7 +106,7 @@ class ForwardCapture:
                 if topic in wanted:
                     layers = demand.layers.get(topic)
                     wanted[topic] |= layers_by_topic(self._engine.index)[topic] if layers is None else layers
-        self._modules.install(wanted["activations"], wanted["layer_gradients"], parts=parts)
+        self.modules.install(wanted["activations"], wanted["layer_gradients"], parts=parts)
         for handle in self._parameter_handles:
             handle.remove()
         self._parameter_handles = [
@@ -117,7 +117,7 @@ class ForwardCapture:
 
     def remove(self) -> None:
         """Remove every hook and let go of what was gathered."""
-        self._modules.remove()
+        self.modules.remove()
         for handle in self._parameter_handles:
             handle.remove()
         self._parameter_handles = []
@@ -129,7 +129,7 @@ class ForwardCapture:
     @property
     def hooks(self) -> int:
         """Hooks in place on parts of the model."""
-        return self._modules.count + len(self._parameter_handles)
+        return len(self.modules.handles) + len(self._parameter_handles)
 
     # -- while a pass runs -------------------------------------------------------------------
 

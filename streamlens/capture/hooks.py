@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "first_tensor", "tensors_in"]
+__all__ = ["Hook", "Lifted", "first_tensor", "tensors_in"]
 
 
 class Hook:
@@ -23,6 +25,14 @@ class Hook:
 
     __slots__ = ()
 
+    @property
+    def __name__(self) -> str:
+        """None, as objects have; TorchScript, which asks, is told what to do instead."""
+        raise AttributeError(
+            "the model is observed by streamlens, and torch.jit.script cannot compile its hooks: script it "
+            "within `with lens.paused():`, where there are none"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return contextlib.nullcontext().__exit__
 
@@ -31,6 +41,40 @@ class Hook:
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Lifted:
+    """Hooks that are off their modules for a while, and come back as they were, in their places."""
+
+    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
+        self._taken: list[tuple[weakref.ref[Any], RemovableHandle, Any]] = []
+        self._order: dict[int, tuple[weakref.ref[Any], list[int]]] = {}
+        for handle in handles:
+            for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
+                hooks = reference()
+                if hooks is not None and handle.id in hooks:
+                    self._order.setdefault(id(hooks), (reference, list(hooks)))
+                    self._taken.append((reference, handle, hooks[handle.id]))
+        for _, handle, _ in self._taken:
+            handle.remove()
+
+    def put_back(self, handles: Iterable[RemovableHandle]) -> None:
+        """Put those back that are still wanted, before the hooks that they came before.
+
+        Args:
+            handles: Of the hooks that are.
+        """
+        wanted = {id(handle) for handle in handles}
+        for reference, handle, hook in self._taken:
+            hooks = reference()
+            if hooks is not None and id(handle) in wanted:
+                hooks[handle.id] = hook
+        for reference, order in self._order.values():
+            hooks = reference()
+            if hooks is not None:
+                for key in (*order, *(key for key in hooks if key not in order)):
+                    if key in hooks:
+                        hooks[key] = hooks.pop(key)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:

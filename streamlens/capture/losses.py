@@ -31,13 +31,14 @@ class LossCapture:
     Attributes:
         seen: Whether a loss has come yet.
         labels_seen: Whether labels have.
+        handles: Of the hooks on loss modules.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.seen = False
         self.labels_seen = False
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         self._watched: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._values: dict[str, Tensor] = {}
         self._sent = False
@@ -52,7 +53,7 @@ class LossCapture:
         if loss in self._watched:
             return
         name = self._watched[loss] = self._name(type(loss).__name__)
-        self._handles.append(loss.register_forward_hook(_LossHook(self._engine, name), with_kwargs=True))
+        self.handles.append(loss.register_forward_hook(_LossHook(self._engine, name), with_kwargs=True))
 
     def watch_function(self, loss: Callable[P, R]) -> Callable[P, R]:
         """A function that does what `loss` does, and is watched."""
@@ -164,9 +165,9 @@ class LossCapture:
 
     def remove(self) -> None:
         """Remove every hook; wrapped functions go on working, unwatched."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
         self._values = {}
 
 

@@ -145,7 +145,9 @@ class ModelIndex:
     def stale(self) -> bool:
         """Whether some parameter was replaced since the index was built."""
         for held, role, parameter in self._slots:
-            if held.get(role) is not parameter:
+            found = held.get(role)
+            # `torch.func.functional_call` puts tensors there for one call.
+            if found is not parameter and (found is None or isinstance(found, nn.Parameter)):
                 return True
         # A buffer that the optimizer's tensor has moved away from is no longer what our views are over.
         return any(base.data_ptr() != address for base, address in self._bases)

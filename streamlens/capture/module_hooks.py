@@ -28,12 +28,12 @@ class _Hooks:
         part: Whether it may be the outermost module that is called.
     """
 
-    __slots__ = ("_handles", "_module", "_wanted")
+    __slots__ = ("_module", "_wanted", "handles")
 
     def __init__(self, module: nn.Module, *, tapped: bool, gradient: bool, part: bool) -> None:
         self._module = weakref.ref(module)
         self._wanted = (tapped, gradient, part)
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     def __bool__(self) -> bool:
         return any(self._wanted)
@@ -41,11 +41,6 @@ class _Hooks:
     def same(self, other: _Hooks | None) -> bool:
         """Whether these are the hooks that are wanted now, on the module that has the name now."""
         return other is not None and self._module() is other._module() and self._wanted == other._wanted
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self._handles)
 
     def register(self, engine: Engine, name: str) -> None:
         """Put them in place."""
@@ -55,16 +50,16 @@ class _Hooks:
         if tapped:
             # The model's own comes before the hook that ends the forward.
             hook = ModuleHook(engine, name, gradient=gradient)
-            self._handles.append(module.register_forward_hook(hook, prepend=not name))
+            self.handles.append(module.register_forward_hook(hook, prepend=not name))
         if part:
-            self._handles.append(module.register_forward_pre_hook(PartBegins(engine, name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(PartEnds(engine, name), always_call=True))
+            self.handles.append(module.register_forward_pre_hook(PartBegins(engine, name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(PartEnds(engine, name), always_call=True))
 
     def remove(self) -> None:
         """Take them away."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
 
 
 class ModuleHooks:
@@ -75,9 +70,9 @@ class ModuleHooks:
         self._hooks: dict[str, _Hooks] = {}
 
     @property
-    def count(self) -> int:
-        """How many are in place."""
-        return sum(hooks.count for hooks in self._hooks.values())
+    def handles(self) -> list[RemovableHandle]:
+        """Of all hooks that are in place."""
+        return [handle for hooks in self._hooks.values() for handle in hooks.handles]
 
     def install(self, outputs: AbstractSet[str], gradients: AbstractSet[str], *, parts: bool) -> None:
         """Have those in place that are wanted, and no others.

@@ -103,9 +103,7 @@ class PassWatch:
         """Whether a forward that begins now is training."""
         if self._engine.silent or torch._C._current_graph_task_id() != -1:
             return False
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return False
-        if not torch.is_grad_enabled():
+        if _is_recorded() or not torch.is_grad_enabled():
             return False
         if not module.training:
             self._grad_forward_seen = True
@@ -277,3 +275,18 @@ class PassWatch:
                 self._engine.metadata()["model"] or "the model",
                 hint,
             )
+
+
+def _is_recorded() -> bool:
+    """Whether what runs is recorded or transformed by a tool, so that its tensors are no values.
+
+    These are `torch.jit.trace`, `torch.func`, `torch.fx`, `torch.export`, `make_fx` and fake tensors.
+    """
+    if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.compiler.is_compiling() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+        return True
+    keys = torch._C._TorchDispatchModeKey
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)
+    )

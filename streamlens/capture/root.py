@@ -31,20 +31,20 @@ class RootHooks:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     def install(self, model: nn.Module) -> None:
         """Register both hooks; the second also runs when the forward raises."""
-        self._handles = [
+        self.handles = [
             model.register_forward_pre_hook(_RootBegins(self._engine), with_kwargs=True),
             model.register_forward_hook(_RootEnds(self._engine), with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
         """Remove both hooks."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
 
 
 class _RootBegins(Hook):

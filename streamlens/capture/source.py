@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,15 @@ class Source(Provider):
         self.inert = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """A region in which nothing is taken."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
 
     @property
     def step(self) -> int:
