@@ -236,7 +236,7 @@ class HookGuards:
         types = {f"{id(type(module))})" for module in modules}
 
         def is_stale(guards: str) -> bool:
-            return "._forward_hooks" not in guards and any(name in guards for name in types)
+            return "]._forward_hooks" not in guards and any(name in guards for name in types)
 
         stale = [code for code, guards in _compiled_code() if is_stale(guards)]
         if stale:
@@ -289,7 +289,7 @@ def _compiled_code() -> Iterator[tuple[CodeType, str]]:
         if code is None:
             continue
         for entry in eval_frame._debug_get_cache_entry_list(code):
-            yield code, "\n".join(entry.guard_manager.code_parts or ())
+            yield code, str(entry.guard_manager)
 
 
 def _drop(found: Sequence[CodeType]) -> None:
