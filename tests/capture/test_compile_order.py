@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -247,7 +247,8 @@ def test_updates_and_gradients_of_a_compiled_optimizer_are_taken(kind: Any) -> N
             optimizer.zero_grad()
             (model(X * scale) ** 2).sum().backward()
             before = [p.detach().clone() for p in model.parameters()]
-            wanted["parameter_gradients"].append([p.grad.norm().item() for p in model.parameters()])
+            gradients = [cast("Tensor", p.grad) for p in model.parameters()]
+            wanted["parameter_gradients"].append([gradient.norm().item() for gradient in gradients])
             step()
             moved = [
                 (p.detach() - old).norm().item() for p, old in zip(model.parameters(), before, strict=True)
