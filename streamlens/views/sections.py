@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import altair as alt
 
 from streamlens.views.accuracy import accuracies
+from streamlens.views.actions import SUFFIX, actions, with_action_marks
 from streamlens.views.alerts import PREFIX, Alert, alerts, with_marks
 from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
@@ -81,12 +82,14 @@ class ModelRows:
         rows: The rows of each topic, without the name in front.
         layers: The layers of each topic, in model order, without the name in front.
         alerts: The alerts, in the order of their starts.
+        actions: The rows of each topic of controllers' actions.
     """
 
     name: str
     rows: dict[str, pd.DataFrame] = field(default_factory=dict)
     layers: dict[str, list[str]] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
+    actions: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,9 @@ def read_models(run: ReadableRun) -> list[ModelRows]:
         name, _, base = topic.rpartition("/")
         if base.startswith(PREFIX):
             told.setdefault(name, {})[base] = _short(run.dataframe(topic), name)
+        if base.endswith(SUFFIX):
+            steered = models.setdefault(name, ModelRows(name)).actions
+            steered[base] = run.dataframe(topic, max_points=_MOST_READ)
         if base not in TOPICS:
             continue
         model = models.setdefault(name, ModelRows(name))
@@ -161,9 +167,11 @@ def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[
 def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:
     rows = {topic: table for topic, table in model.rows.items() if len(table)}
     found: list[Section] = []
+    done = actions(model.actions)
 
     def add(key: str, title: str, reading: str, chart: alt.LayerChart) -> None:
         marked = with_marks(chart, model.alerts, limits)
+        marked = with_action_marks(marked, done, limits)
         found.append(Section(key, model.name, title, reading, marked))
 
     cells = min(_MOST_CELLS * budget // _MOST_POINTS, len(rows.get("uw_ratio", ())))
