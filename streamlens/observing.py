@@ -227,7 +227,7 @@ def _close_rerun_cell(cell: CellKey | None) -> None:
 def _silence_child() -> None:
     """A forked process (a data loader's worker) has our engines, but no business with them."""
     for engine in list(_engines):
-        engine.inert = True
+        engine.inert = engine.inherited = True
 
 
 if hasattr(os, "register_at_fork"):

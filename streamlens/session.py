@@ -48,7 +48,7 @@ class Session:
             return True
         self.closed = True
         self.source.sessions.discard(self)
-        if not self.source.sessions:
+        if self.source.inherited or not self.source.sessions:
             return self.source.shut_down(timeout)
         for chain in self.chains():
             self.source.finish(chain)

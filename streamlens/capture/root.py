@@ -21,7 +21,7 @@ __all__ = ["HOOKS", "RootHooks", "engine_of"]
 def engine_of(model: nn.Module) -> Engine | None:
     """The engine that observes a model: its hooks know. No registry could keep the model alive."""
     for hook in model._forward_pre_hooks.values():
-        if isinstance(hook, _RootBegins) and not hook.engine.closed:
+        if isinstance(hook, _RootBegins) and not (hook.engine.closed or hook.engine.inherited):
             return hook.engine
     return None
 

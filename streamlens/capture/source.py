@@ -45,6 +45,7 @@ class Source(Provider):
         in_epochs: How many loops over `lens.epochs()` run.
         paused: How many `lens.paused()` silence it.
         inert: Whether nothing is ever taken.
+        inherited: Whether this process was forked from the one that it belongs to.
     """
 
     _snapshot = _SNAPSHOT
@@ -59,6 +60,7 @@ class Source(Provider):
         self.in_epochs = 0
         self.paused = 0
         self.inert = False
+        self.inherited = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
 
@@ -344,6 +346,11 @@ class Source(Provider):
     def shut_down(self, timeout: float | None = None) -> bool:
         """Complete every stream, flush and close every sink."""
         if self.closed:
+            return True
+        if self.inherited:
+            # Its streams complete in the process that they belong to.
+            self.closed = True
+            self._tidy()
             return True
         self.complete_chains()
         self.closed = True

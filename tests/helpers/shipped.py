@@ -69,6 +69,9 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
         (sl.norm("weights"), sl.flight_recorder(3)),
         (sl.topic("weights"), sl.flight_recorder(2, on=_alarm(lens), after=1)),
     ],
+    "generalisation_gap": lambda lens, inputs, every: [
+        (sl.generalisation_gap([_batch(inputs)], train=[_batch(inputs)], every=every),),
+    ],
     "health": lambda lens, inputs, every: [(sl.health(),)],
     "hessian_eigenvalues": lambda lens, inputs, every: [
         (
@@ -108,6 +111,7 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
     "smooth": lambda lens, inputs, every: [
         (sl.uw_ratio(of="parameters", relative_to="before"), sl.smooth(1.0)),
     ],
+    "test_accuracy": lambda lens, inputs, every: [(sl.test_accuracy([_batch(inputs)], every=every),)],
     "topic": lambda lens, inputs, every: [(sl.topic(topic),) for topic in EVERY_TOPIC],
     "when": lambda lens, inputs, every: [(sl.norm("weights"), sl.when(_alarm(lens)))],
     "where": lambda lens, inputs, every: [(sl.topic("weights"), sl.where(lambda frame: frame.step > 0))],
