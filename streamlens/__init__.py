@@ -25,7 +25,7 @@ from streamlens.observing import observe
 from streamlens.operators import *  # noqa: F403
 from streamlens.operators import __all__ as _operators
 from streamlens.runs import read_run
-from streamlens.sources import Feed
+from streamlens.sources import Feed, Replay, replay
 from streamlens.stream import Operator, Stream
 from streamlens.topics import optimizer_state
 
@@ -42,6 +42,7 @@ __all__ = [
     "Operator",
     "OverwrittenActivationError",
     "PluginError",
+    "Replay",
     "RunStoreError",
     "Stream",
     "StreamlensError",
@@ -52,6 +53,7 @@ __all__ = [
     "operators",
     "optimizer_state",
     "read_run",
+    "replay",
     "sinks",
     "sources",
 ]

@@ -197,7 +197,7 @@ class _StepMean(Node):
     """Sums the micro-step frames of the open step; gives their mean at its update."""
 
     def __init__(self) -> None:
-        self._pending: dict[str, _Sums] = {}
+        self._pending: dict[tuple[str, str], _Sums] = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
         if frame.kind is not Kind.MICRO_STEP:
@@ -206,9 +206,10 @@ class _StepMean(Node):
             raise StreamlensError(
                 f"raw micro-step frames of {frame.topic!r} cannot be averaged over a step; reduce them first"
             )
-        held = self._pending.get(frame.topic)
+        key = (frame.source, frame.topic)
+        held = self._pending.get(key)
         if held is None or held.last.step != frame.step or held.last.components != frame.components:
-            self._pending[frame.topic] = _Sums(frame)
+            self._pending[key] = _Sums(frame)
         else:
             held.add(frame)
         return None
@@ -216,8 +217,8 @@ class _StepMean(Node):
     def on_mark(self, mark: Mark) -> Emitted:
         if mark.kind is MarkKind.EPOCH:
             return None
-        due = [t for t, sums in self._pending.items() if sums.last.step <= mark.step]
-        return [self._pending.pop(topic).mean() for topic in due]
+        due = [key for key, sums in self._pending.items() if sums.last.step <= mark.step]
+        return [self._pending.pop(key).mean() for key in due]
 
     def on_completed(self) -> Emitted:
         # The open step never got its update: what it gathered belongs to no step.
@@ -225,10 +226,11 @@ class _StepMean(Node):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {topic: sums.state_dict() for topic, sums in self._pending.items()}
+        return {"pending": [sums.state_dict() for sums in self._pending.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._pending = {topic: _Sums.from_state(saved) for topic, saved in state.items()}
+        pending = [_Sums.from_state(saved) for saved in state.get("pending", ())]
+        self._pending = {(sums.last.source, sums.last.topic): sums for sums in pending}
 
 
 class _Sums:

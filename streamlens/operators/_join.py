@@ -16,8 +16,8 @@ from streamlens.runtime import Runtime
 
 __all__ = ["Join", "JoinInput"]
 
-Key: TypeAlias = tuple[int, int]
-"""(step, micro-step); the latter 0 where inputs are joined by step alone."""
+Key: TypeAlias = tuple[int, int, str]
+"""(step, micro-step, source); 0 where inputs are joined by step alone, empty where sources are joined."""
 
 _MODEL: Final = ("",)
 _MOST_PENDING: Final = 1024
@@ -81,6 +81,9 @@ class Join(OperatorNode):
     ) -> None:
         super().__init__(runtime)
         self._inputs = inputs
+        # What one source tells of several runs is joined run by run; different sources, with each other.
+        first = inputs[0].runtime
+        self._by_source = first is not None and all(entry.runtime is first for entry in inputs)
         self._by_micro_step = by_micro_step
         self._lateness = lateness
         self._one_burst = one_burst
@@ -103,7 +106,8 @@ class Join(OperatorNode):
         return out
 
     def _enter(self, i: int, frame: Frame) -> tuple[Frame, ...] | None:
-        key = (frame.step, frame.micro_step if self._by_micro_step else 0)
+        source = frame.source if self._by_source else ""
+        key = (frame.step, frame.micro_step if self._by_micro_step else 0, source)
         slot = self._pending.get(key)
         if slot is None:
             if frame.step < self._high:
@@ -259,8 +263,8 @@ class Join(OperatorNode):
         self._high = max(state["passed"])
         self._pending = {}
         for saved in state["pending"]:
-            step, micro_step = saved["key"]
-            slot = self._pending[step, micro_step] = _Slot(len(self._inputs))
+            step, micro_step, source = saved["key"]
+            slot = self._pending[step, micro_step, source] = _Slot(len(self._inputs))
             slot.seen = [tuple(seen) for seen in saved["seen"]]
             slot.emitted = tuple(saved["emitted"])
             slot.held = [[frame_from_state(f) for f in frames] for frames in saved["held"]]

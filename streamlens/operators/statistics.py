@@ -87,9 +87,9 @@ def reduction_operator(reduction: Reduction, topic: str | None, operator: str) -
     def apply(source: Observable[Frame]) -> Observable[Frame]:
         if topic is not None:
             source = select(topic)(source)
+        if isinstance(source, Lens) and source.reducible:
+            return source.narrow(reduction=reduction)
         stream = checked_source(source)
-        if isinstance(stream, Lens) and stream.reducible:
-            return stream.narrow(reduction=reduction)
         plan = reduction.describe()
 
         def left_out(layer: str, error: Exception) -> None:

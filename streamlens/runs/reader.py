@@ -28,7 +28,7 @@ from streamlens.runs.tidy import StoredFrame, merge_orders, tidy
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "RunRecord", "list_runs", "read_run"]
+__all__ = ["Reading", "Run", "RunRecord", "checked_row", "list_runs", "read_run"]
 
 _LAYOUTS: Final = (
     "SELECT layout, kind, source, l.names, c.names, stacked, tensors FROM layouts "
@@ -192,7 +192,7 @@ class Run:
                 f"{_FRAMES}{condition} ORDER BY step, micro_step, sequence", (number, *bounds)
             ).fetchall()
             known = self._layouts_of(number)
-            rows = [_checked(row, topic, known) for row in found]
+            rows = [checked_row(row, topic, known) for row in found]
         keep = select_layers(topic, merge_orders(layout.layers for layout in known.values()), layers)
         return tidy(rows, known, keep, max_points)
 
@@ -227,7 +227,7 @@ class Run:
                     continue  # dropped meanwhile: the run was resumed from before it
                 if row[5] not in layouts:
                     layouts.update(self._layouts_of(number))
-                _, _, epoch, _, layout, meta, data = _checked(row, names[number], layouts)
+                _, _, epoch, _, layout, meta, data = checked_row(row, names[number], layouts)
                 frame = decode_frame(layouts[layout], names[number], step, micro_step, epoch, meta, data)
             yield frame
 
@@ -243,6 +243,12 @@ class Run:
                 parts.append(np.array(batch, np.int64))
         keys = np.concatenate(parts)
         return keys[np.argsort(keys[:, 3], kind="stable")]
+
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Everything read inside is of one moment, whatever another process writes meanwhile."""
+        with self._reading():
+            yield Reading(self._db, {t: (n, self._layouts_of(n)) for t, n in self._topics().items()})
 
     def close(self) -> None:
         """Free the file; once is enough."""
@@ -299,6 +305,39 @@ class Run:
         }
 
 
+class Reading:
+    """The rows of a run, at one moment."""
+
+    def __init__(self, db: sqlite3.Connection, topics: dict[str, tuple[int, dict[int, Layout]]]) -> None:
+        self._db = db
+        self._topics = topics
+
+    def topics(self) -> dict[str, tuple[int, dict[int, Layout]]]:
+        """The number and the layouts of each topic."""
+        return self._topics
+
+    def steps(self, topics: Sequence[int]) -> tuple[int, int]:
+        """The first and the last step of some topics; (0, -1) where there is none."""
+        found = [
+            self._db.execute(f"SELECT {end}(step) FROM frames WHERE topic = ?", (topic,)).fetchone()[0]
+            for topic in topics
+            for end in ("min", "max")
+        ]
+        known = [step for step in found if step is not None]
+        return (min(known), max(known)) if known else (0, -1)
+
+    def rows(self, topics: Sequence[int], start: int, stop: int) -> list[tuple[Any, ...]]:
+        """The rows of some topics in `[start, stop)`: the topic's number, then what `checked_row` takes."""
+        found: list[tuple[Any, ...]] = []
+        for topic in topics:
+            found += self._db.execute(
+                "SELECT topic, step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
+                "FROM frames WHERE topic = ? AND step >= ? AND step < ?",
+                (topic, start, stop),
+            )
+        return found
+
+
 def _absolute(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
@@ -345,7 +384,7 @@ def _pick(
     )
 
 
-def _checked(row: Sequence[Any], topic: str, layouts: Mapping[int, Layout]) -> StoredFrame:
+def checked_row(row: Sequence[Any], topic: str, layouts: Mapping[int, Layout]) -> StoredFrame:
     """The row, if it is what was written: no wrong number is ever returned."""
     step, micro_step, sequence, epoch, wall_time, layout, meta, data, stored = row
     if (
