@@ -15,11 +15,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reactivex.abc import DisposableBase
 
+from streamlens.frame import Frame
+
 if TYPE_CHECKING:
-    from streamlens.frame import Frame
     from streamlens.runtime import Runtime
 
-__all__ = ["Attachment", "Cell", "Chain", "Ending", "ErrorReport", "Mark", "MarkKind", "current_chain"]
+__all__ = [
+    "Attachment",
+    "Cell",
+    "Chain",
+    "Derived",
+    "Ending",
+    "ErrorReport",
+    "Mark",
+    "MarkKind",
+    "current_chain",
+]
 
 
 class MarkKind(enum.Enum):
@@ -177,6 +188,15 @@ class Ending(ABC):
         Returns:
             What is to receive its frames.
         """
+
+
+@dataclass(slots=True)
+class Derived:
+    """A chain's result as a topic of its own, computed once for all who select it."""
+
+    connect: Callable[[Callable[[Frame], None]], DisposableBase]
+    observers: list[Callable[[Frame], None]] = field(default_factory=list)
+    connection: DisposableBase | None = None
 
 
 current_chain: ContextVar[Chain | None] = ContextVar("streamlens_chain", default=None)

@@ -14,6 +14,7 @@ __all__ = [
     "RunStoreError",
     "StreamlensError",
     "UnknownTopicError",
+    "UnmergeableError",
     "did_you_mean",
 ]
 
@@ -44,6 +45,10 @@ class OverwrittenActivationError(StreamlensError, RuntimeError):
 
 class PluginError(StreamlensError, LookupError):
     """An operator or sink that no installed package brings, or one that cannot be loaded."""
+
+
+class UnmergeableError(StreamlensError, ValueError):
+    """Something of a whole was asked for that does not follow from what each process has of its part."""
 
 
 class RunStoreError(StreamlensError, RuntimeError):

@@ -113,6 +113,7 @@ class Lens(Stream):
             UnknownTopicError: A topic that nothing provides.
             LayerNotFoundError: No layer is selected.
             StreamlensError: The reduction cannot be pushed down.
+            UnmergeableError: Several ranks hold parts, and it does not merge.
         """
         self._check_open()
         view = self.view

@@ -18,6 +18,7 @@ from streamlens.capture.engine import Engine
 from streamlens.capture.model import ModelIndex
 from streamlens.capture.orphans import close_orphans
 from streamlens.capture.root import engine_of
+from streamlens.distributed import Ranks, check_distributed, check_model
 from streamlens.errors import StreamlensError, did_you_mean
 from streamlens.lens import Lens
 from streamlens.notebook import CellKey, current_cell
@@ -45,6 +46,8 @@ def observe(
     emits: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
     on_error: str = "report",
+    distributed: bool | None = None,
+    distributed_timeout: float | None = None,
 ) -> Lens:
     """Observe a model's training, whatever loop trains it.
 
@@ -72,6 +75,12 @@ def observe(
         emits: Topics that will come from `lens.emit()`, so that they can be selected before.
         metadata: Whatever describes the run (hyper-parameters, data set), for sinks that store it.
         on_error: `"report"` contains every failure; `"raise"` lets it through, for tests.
+        distributed: Under `torch.distributed`, numbers are by default those of all ranks, and sinks write
+            on rank 0: call `observe` on every rank. False looks at this rank alone, and its sinks write;
+            so does the environment's `STREAMLENS_DISTRIBUTED=0`.
+        distributed_timeout: Seconds for which the first update that takes all ranks waits for them, and
+            for which any later one does, before they are given up and training goes on without; 30
+            by default, or what the environment's `STREAMLENS_DISTRIBUTED_TIMEOUT` says.
 
     Returns:
         A Lens with nothing selected.
@@ -95,6 +104,8 @@ def observe(
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
     _check_options(loss, count, name, start, emits, metadata, on_error)
+    check_model(model)
+    alone, timeout = check_distributed(distributed, distributed_timeout)
     copies = _check_optimizers(model, optimizers, owners)
     close_orphans()
     cell = current_cell()
@@ -110,6 +121,8 @@ def observe(
             optimizers=optimizers,
             copies=copies,
         )
+        if not alone:
+            engine.exchange = Ranks(engine, timeout)
         _engines.add(engine)
         if start is None and model in _clocks:
             engine.clock.load_state_dict(_clocks[model].state_dict())

@@ -14,14 +14,13 @@ import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from reactivex.subject import Subject
 
-from streamlens.chain import Cell, Chain, ErrorReport, Mark, current_chain
+from streamlens.chain import Cell, Chain, Derived, ErrorReport, Mark, current_chain
 from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Frame, Lease
 
@@ -38,15 +37,6 @@ log: Final = logging.getLogger("streamlens")
 
 _REPEAT_AFTER: Final = 60.0
 """Seconds after which the same cause is logged again."""
-
-
-@dataclass(slots=True)
-class _Derived:
-    """A chain's result as a topic of its own, computed once for all who select it."""
-
-    connect: Callable[[Callable[[Frame], None]], DisposableBase]
-    observers: list[Callable[[Frame], None]] = field(default_factory=list)
-    connection: DisposableBase | None = None
 
 
 class Runtime:
@@ -70,14 +60,19 @@ class Runtime:
         self._queue: deque[Callable[[], None]] = deque()
         self._draining = False
         self._leases: list[Lease] = []
-        self._derived: dict[str, _Derived] = {}
-        self._derived_burst: list[tuple[_Derived, Frame]] = []
+        self._derived: dict[str, Derived] = {}
+        self._derived_burst: list[tuple[Derived, Frame]] = []
         self._logged: dict[tuple[str, str], float] = {}
         self._pending_state: dict[str, list[dict[str, Any]]] = {}
         self._left_behind: weakref.WeakSet[Cell] = weakref.WeakSet()
         self._delivery: Delivery | None = None
 
-    # -- the clock, as far as every source has one ------------------------------------------
+    # -- facts -------------------------------------------------------------------------------
+
+    writes = True
+    """Whether sinks write in this process."""
+    place = ""
+    """What this process is called in reports; empty where there are no others."""
 
     @property
     def step(self) -> int:
@@ -190,6 +185,7 @@ class Runtime:
         self.counts["errors"] += 1
         if self.on_error == "raise":
             raise error
+        where = f"{where} ({self.place})" if self.place else where
         cause = (where, type(error).__name__)
         now = time.monotonic()
         if now - self._logged.get(cause, -_REPEAT_AFTER) >= _REPEAT_AFTER:
@@ -299,7 +295,7 @@ class Runtime:
 
     def add_derived(self, name: str, connect: Callable[[Callable[[Frame], None]], DisposableBase]) -> None:
         """Make a chain's result selectable as a topic."""
-        self._derived[name] = _Derived(connect)
+        self._derived[name] = Derived(connect)
 
     @property
     def derived_topics(self) -> tuple[str, ...]:

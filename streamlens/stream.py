@@ -236,7 +236,9 @@ class _Terminal:
         if hasattr(on_next, "on_next"):
             if self._proxy is None:
                 chain.ends_in = type(on_next).__name__
-            self._on_next: Callable[[Frame], None] | None = on_next.on_next
+            self._on_next: Callable[[Frame], None] | None = (
+                on_next.on_next if self._proxy is None else self._write
+            )
             self._on_error: Callable[[Exception], None] | None = on_next.on_error
             self._on_completed: Callable[[], None] | None = on_next.on_completed
         else:
@@ -261,6 +263,11 @@ class _Terminal:
                 current_chain.reset(token)
         else:
             self._call(self._on_next, frame)
+
+    def _write(self, frame: Frame) -> None:
+        """Hand a frame to the sink; of several processes that train together, one writes."""
+        if self._proxy is not None and self.runtime.writes:
+            self._proxy.on_next(frame)
 
     def _call(self, fn: Callable[..., None], *args: Any) -> None:
         try:

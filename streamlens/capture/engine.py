@@ -21,8 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from streamlens.capture import losses, pass_hooks, root
 from streamlens.capture.absent import Absent
+from streamlens.capture.batch import BatchCapture
 from streamlens.capture.compiled import CompiledPasses, hook_guards, prepare_compiler
 from streamlens.capture.copies import Copy
+from streamlens.capture.exchange import Alone, Exchange, Settling
 from streamlens.capture.forward import ForwardCapture
 from streamlens.capture.hooks import Lifted
 from streamlens.capture.losses import LossCapture
@@ -38,6 +40,7 @@ from streamlens.capture.view import View
 from streamlens.chain import Mark, MarkKind
 from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.layers import LayerSelector
+from streamlens.reductions import Reduction
 from streamlens.topics import Phase, topic_spec
 
 __all__ = ["Engine", "disabled"]
@@ -86,6 +89,8 @@ class Engine(Source):
         self.inert = disabled()
         self.count = count
         self.copies = dict(copies or {})
+        self.exchange: Exchange = Alone()
+        self.settling = Settling(self)
         self.index = ModelIndex(model, self.copies)
         self.extra_metadata: dict[str, Any] = {}
         self._suppressed = 0
@@ -93,6 +98,7 @@ class Engine(Source):
         self.compiled = CompiledPasses(self)
         self.passes = PassWatch(self)
         self.forward = ForwardCapture(self)
+        self.batches = BatchCapture(self)
         self.losses = LossCapture(self)
         self.absent = Absent(self)
         self.updates = UpdateCapture(self, optimizers)
@@ -127,6 +133,16 @@ class Engine(Source):
         )
         yield f"hooks: {self.hook_counts()}"
         yield f"bytes held: {self.updates.bytes_held:,} (copies of parameters for updates)"
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether sinks write in this process."""
+        return self.exchange.writes
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        """What this process is called in reports."""
+        return self.exchange.place
 
     def metadata(self) -> dict[str, Any]:
         """Class and size of the model."""
@@ -240,8 +256,20 @@ class Engine(Source):
         self.passes.reset()
         self.forward.reset()
         self.updates.reset()
+        self.exchange.demands_changed()
         if not self.closed and not self.inert:
             self.install()
+
+    # -- several processes -------------------------------------------------------------------
+
+    def reduced(self, view: View, reduction: Reduction) -> View:
+        """The view of what a reduction makes of another one, which has to merge where ranks hold parts."""
+        self.exchange.check(view.topics, reduction.describe(), reduction)
+        return super().reduced(view, reduction)
+
+    def check_whole(self, topics: Sequence[str], operator: str) -> None:
+        """Raise where this process holds a part only of what an operator needs whole."""
+        self.exchange.check(topics, f"{operator}()", None)
 
     def install(self) -> None:
         """Bring the hooks on parts of the model in line with the demands."""
@@ -308,6 +336,7 @@ class Engine(Source):
             except StreamlensError as error:
                 self.report(error, demand.chain.key if demand.chain else "a chain")
         self.updates.model_changed()
+        self.exchange.model_changed()
         self.demands_changed()
 
     def hook_counts(self) -> str:
@@ -345,6 +374,8 @@ class Engine(Source):
 
     def _tidy(self) -> None:
         super()._tidy()
+        self.settling.drop()
+        self.exchange.close()
         self.passes.remove()
         self.forward.remove()
         self.losses.remove()

@@ -9,21 +9,23 @@ whole backward has run, on the thread that called it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from streamlens.capture.batch import note_part
+from streamlens.capture.exchange import Partial
 from streamlens.capture.hooks import first_tensor
 from streamlens.capture.interned import Interned
 from streamlens.capture.module_hooks import ModuleHooks
 from streamlens.capture.pass_hooks import AccumulateHook, GradientHook
 from streamlens.capture.pass_plan import PASS_TOPICS, PassOutput, PassPlan, compile_pass, layers_by_topic
-from streamlens.capture.table import Needs, Table
+from streamlens.capture.sharded import WHOLE, Part, known_part_of, local
+from streamlens.capture.table import Table
 from streamlens.errors import OverwrittenActivationError
 from streamlens.frame import Frame, Kind, Lease
-from streamlens.reductions import Reduction
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
@@ -35,13 +37,20 @@ __all__ = ["ForwardCapture"]
 class _Side:
     """What one pass has gathered of activations, or of gradients."""
 
-    __slots__ = ("calls", "raw", "sent", "table")
+    __slots__ = ("_report", "calls", "raw", "sends", "sent", "table")
 
-    def __init__(self) -> None:
+    def __init__(self, report: Callable[[Hashable, Exception], None]) -> None:
+        self._report = report
+        self.sends = 0
         self.table = Table()
         self.raw: dict[str, tuple[Tensor, int]] = {}
         self.calls: dict[str, str] = {}
         self.sent: set[str] = set()
+
+    def failed(self, key: Hashable, error: Exception) -> None:
+        """A layer could not be measured: what other processes have of it is not the whole."""
+        self.table.parts[key] = None
+        self._report(key, error)
 
 
 class ForwardCapture:
@@ -57,7 +66,6 @@ class ForwardCapture:
         self._overwritten: set[str] = set()
         self._interned = Interned()
         self._repeated: dict[str, int] = {}
-        self._batch_calls: dict[str, int] = {}
         self.plan: PassPlan | None = None
         self.provisional: set[str] = set()
         """Layers whose gradient has a graph of its own: the loss's own, or on the way to the loss."""
@@ -72,10 +80,10 @@ class ForwardCapture:
 
     def begin_pass(self, due: Sequence[Demand]) -> None:
         """A new micro-step begins, for which these demands are due."""
-        self._sides = {side: _Side() for side in PASS_TOPICS}
+        self._sides = {side: _Side(self._layer_error) for side in PASS_TOPICS}
         self._engine.compiled.begin_pass()
         self._repeated = {}
-        self._batch_calls = {}
+        self._engine.batches.begin_pass()
         self.provisional.clear()
         self.in_backward = False
         self._unhook_leaves()
@@ -83,12 +91,13 @@ class ForwardCapture:
 
     def plan_again(self, due: Sequence[Demand]) -> None:
         """What the open pass takes, for these demands and the model as it is now."""
-        key = tuple(map(id, due))
+        merging = self._engine.exchange.active
+        key = (merging, *map(id, due))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 256:
                 self._plans.clear()
-            plan = self._plans[key] = compile_pass(due, self._engine.index)
+            plan = self._plans[key] = compile_pass(due, self._engine.index, merging=merging)
         self.plan = plan
 
     # -- hooks -------------------------------------------------------------------------------
@@ -170,7 +179,8 @@ class ForwardCapture:
             value = tensor.detach()
             side.calls[key] = name
             if need:
-                side.table.measure(key, value, need, self._layer_error)
+                note_part(self._engine, side.table, key, value)
+                side.table.measure(key, local(value), need, side.failed)
             if raw:
                 fixed = lent or name in self._overwritten or tensor.is_inference()
                 side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
@@ -219,7 +229,8 @@ class ForwardCapture:
         need = plan.needs["layer_gradients"].get(name)
         value = gradient.detach()
         if need:
-            side.table.measure(key, value, need, self._layer_error)
+            note_part(self._engine, side.table, key, value)
+            side.table.measure(key, local(value), need, side.failed)
         if name in plan.raw["layer_gradients"]:
             side.raw[key] = (value.clone() if lent else value, -1)
 
@@ -243,32 +254,64 @@ class ForwardCapture:
         side.sent.update(fresh)
         lease = Lease()
         frames: list[tuple[Sequence[Demand], Frame]] = []
+        reduced: list[tuple[PassOutput, tuple[str, ...]]] = []
         for output in plan.outputs[topic]:
             keys = fresh
             if output.wanted is not None:
                 keys = tuple(k for k in fresh if side.calls[k] in output.wanted)
-            frame = self._frame(topic, output, keys, side, lease)
-            if frame is not None:
+            if output.reduction is not None:
+                reduced.append((output, keys))
+            elif (frame := self._raw_frame(topic, keys, side, lease)) is not None:
                 frames.append((output.demands, frame))
         side.raw.clear()
+        side.sends += 1
+        parts: dict[Hashable, Part | None] = {
+            key: side.table.parts[key] for key in fresh if key in side.table.parts
+        }
+        if not (parts and reduced):
+            self._engine.post_frames(frames + self._reduced(side.table, reduced), lease)
+            return
         self._engine.post_frames(frames, lease)
+        micro_step = self._engine.clock.micro_step
+        partial = Partial(f"{topic}/{micro_step}/{side.sends}", side.table, parts)
+        if topic != "raw_gradients":
+            partial.open = True
+        if topic == "layer_gradients":
+            partial.weight = self._engine.losses.weight
+        self._engine.settling.later(
+            partial, lambda: self._engine.post_frames(self._reduced(side.table, reduced, micro_step))
+        )
 
-    def _frame(
-        self, topic: str, output: PassOutput, keys: tuple[str, ...], side: _Side, lease: Lease
-    ) -> Frame | None:
+    def _reduced(
+        self,
+        table: Table,
+        outputs: Sequence[tuple[PassOutput, tuple[str, ...]]],
+        micro_step: int | None = None,
+    ) -> list[tuple[Sequence[Demand], Frame]]:
+        """The frames of what was reduced."""
         engine = self._engine
-        if output.reduction is not None:
-            name = f"{topic}.{output.reduction.name}"
-            found = engine.attempt(name, side.table.finish, output.reduction, keys)
+        frames: list[tuple[Sequence[Demand], Frame]] = []
+        for output, keys in outputs:
+            reduction = output.reduction
+            assert reduction is not None
+            name = f"{output.topic}.{reduction.name}"
+            found = engine.attempt(name, table.finish, reduction, keys)
             if found is None:
-                return None
-            return engine.frame(
+                continue
+            layers = self._interned(cast("tuple[str, ...]", found[0]))
+            frame = engine.frame(
                 name,
-                self._interned(cast("tuple[str, ...]", found[0])),
+                layers,
                 found[1],
                 kind=Kind.MICRO_STEP,
-                components=output.reduction.components,
+                components=reduction.components,
+                micro_step=micro_step,
             )
+            frames.append((output.demands, frame))
+        return frames
+
+    def _raw_frame(self, topic: str, keys: tuple[str, ...], side: _Side, lease: Lease) -> Frame | None:
+        engine = self._engine
         held = [(key, *side.raw[key]) for key in keys if key in side.raw]
         good = [(key, value) for key, value, version in held if self._intact(side.calls[key], value, version)]
         if not good:
@@ -304,9 +347,12 @@ class ForwardCapture:
                 continue
             side.calls[entry.name] = entry.name
             if need:
-                side.table.measure(entry.name, gradient.detach(), need, self._layer_error)
+                part = known_part_of(gradient)
+                if part is not WHOLE:
+                    side.table.parts[entry.name] = part
+                side.table.measure(entry.name, local(gradient), need, side.failed)
             if raw:
-                side.raw[entry.name] = (gradient.detach(), -1)
+                side.raw[entry.name] = (local(gradient), -1)
         self.send("raw_gradients")
 
     def drop(self) -> None:
@@ -329,39 +375,3 @@ class ForwardCapture:
 
     def _layer_error(self, key: Hashable, error: Exception) -> None:
         self._engine.report(error, f"layer {key!r}")
-
-    def measure_batch(self, topic: str, tensor: Tensor, due: Sequence[Demand]) -> None:
-        """Emit one tensor of the whole batch: its input, labels or output.
-
-        A second one in the same pass is labelled `@1`, as a module's second call is.
-        """
-        found: dict[Reduction | None, list[Demand]] = {}
-        for demand in due:
-            if topic in demand.view.topics:
-                found.setdefault(demand.view.reduction, []).append(demand)
-        if not found:
-            return
-        call = self._batch_calls.get(topic, 0)
-        self._batch_calls[topic] = call + 1
-        layers = (f"@{call}",) if call else _MODEL
-        lease, frames, table = Lease(), [], Table()
-        needs = Needs.of(r for r in found if r is not None)
-        if needs:
-            table.measure(layers[0], tensor.detach(), needs, self._layer_error)
-        for reduction, demands in found.items():
-            if reduction is None:
-                raw = (tensor.detach(),)
-                frame = self._engine.frame(topic, layers, raw, kind=Kind.MICRO_STEP, lease=lease)
-            else:
-                name = f"{topic}.{reduction.name}"
-                reduced = self._engine.attempt(name, table.finish, reduction, layers)
-                if reduced is None:
-                    continue
-                frame = self._engine.frame(
-                    name, layers, reduced[1], kind=Kind.MICRO_STEP, components=reduction.components
-                )
-            frames.append((demands, frame))
-        self._engine.post_frames(frames, lease)
-
-
-_MODEL: Final = ("",)

@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from streamlens.capture.copies import Copy
+from streamlens.capture.sharded import WHOLE, Part, fsdp_parameters, known_part_of, local
 from streamlens.errors import LayerNotFoundError, did_you_mean
 from streamlens.layers import LayerSelector
 from streamlens.topics import Phase, TopicSpec
@@ -62,7 +64,9 @@ class ParameterEntry:
         owner: A weak reference to the module that owns it.
         order: Its place in the model.
         copy: What the optimizer holds in its place, if it does.
-        tensor: What an update changes, and is read around it: the parameter, or its copy.
+        tensor: What an update changes, and is read around it: the parameter, or its copy; of a DTensor, the
+            part that this process holds.
+        part: Which part that is; None if it is none.
     """
 
     name: str
@@ -73,6 +77,7 @@ class ParameterEntry:
     order: int
     copy: Copy | None
     tensor: Tensor
+    part: Part | None = WHOLE
 
     @property
     def gradient(self) -> Tensor | None:
@@ -96,6 +101,7 @@ class ModelIndex:
         self.modules: MutableMapping[str, nn.Module] = weakref.WeakValueDictionary()
         self.entries: list[ParameterEntry] = []
         self._lazy: list[UninitializedParameter] = []
+        self._gathered = fsdp_parameters(model)
         seen: set[int] = set()
         for path, module in model.named_modules():
             layer = clean_name(path, wrappers)
@@ -107,21 +113,31 @@ class ModelIndex:
                 if isinstance(parameter, UninitializedParameter):
                     self._lazy.append(parameter)
                     continue
+                if (kept := self._gathered.get((id(module), role))) is not None:
+                    # The module may hold what was gathered for a computation.
+                    parameter = getattr(kept(), "sharded_param", parameter)
                 if id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 name = f"{layer}.{role}" if layer else role
                 copy = copies.get(name) if copies else None
-                tensor = parameter if copy is None else copy.tensor
-                place = len(self.entries)
+                tensor = copy.tensor if copy is not None else parameter
+                part = known_part_of(tensor)
+                held = local(tensor) if hasattr(tensor, "to_local") else tensor
+                place, holder = len(self.entries), weakref.ref(module)
                 self.entries.append(
-                    ParameterEntry(name, layer, role, parameter, weakref.ref(module), place, copy, tensor)
+                    ParameterEntry(name, layer, role, parameter, holder, place, copy, held, part)
                 )
         # The modules' own tables: that a parameter was replaced is seen there.
         self._slots = [
             (owner._parameters, entry.role, entry.parameter)
             for entry in self.entries
-            if (owner := entry.owner()) is not None
+            if (owner := entry.owner()) is not None and (id(owner), entry.role) not in self._gathered
+        ]
+        self._shards = [
+            (entry.parameter, entry.tensor.data_ptr(), entry.tensor.shape)
+            for entry in self.entries
+            if entry.copy is None and hasattr(entry.parameter, "to_local")
         ]
         self.by_id = {id(entry.parameter): entry for entry in self.entries}
         self._by_copy: dict[int, list[ParameterEntry]] = {}
@@ -149,8 +165,22 @@ class ModelIndex:
             # `torch.func.functional_call` puts tensors there for one call.
             if found is not parameter and (found is None or isinstance(found, nn.Parameter)):
                 return True
+        if self._shards and self._moved():
+            return True
         # A buffer that the optimizer's tensor has moved away from is no longer what our views are over.
         return any(base.data_ptr() != address for base, address in self._bases)
+
+    def _moved(self) -> bool:
+        """Whether parameters that lie in parts were replaced, or their parts lie elsewhere now."""
+        for kept in self._gathered.values():
+            if id(getattr(kept(), "sharded_param", None)) not in self.by_id:
+                return True
+        with torch.no_grad():
+            for parameter, address, shape in self._shards:
+                held = parameter.to_local()
+                if held.data_ptr() != address or held.shape != shape:
+                    return True
+        return False
 
     def owned_through(self, tensor: Tensor) -> Sequence[ParameterEntry]:
         """The parameters that an optimizer updates by updating a tensor that it holds."""

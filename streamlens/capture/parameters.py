@@ -15,8 +15,10 @@ from torch import Tensor
 
 from streamlens.capture.kept import Kept
 from streamlens.capture.plan import CallPlan, Output, compile_call
+from streamlens.capture.sharded import WHOLE, Part, local, part_of
 from streamlens.capture.small import SQUARES, Small, Squares, changes_of, squares_of, squares_of_flat
 from streamlens.capture.table import Needs, Sizes, Table
+from streamlens.errors import StreamlensError
 from streamlens.reductions import Reduction, accumulate, square_of
 from streamlens.topics import Facet
 
@@ -58,7 +60,13 @@ class ParameterCapture:
         return sum(k.buffer.numel() * k.buffer.element_size() for k in self._kept.values())
 
     def plan(
-        self, due: Sequence[Demand], index: ModelIndex, info: OptimizerInfo, *, unowned: frozenset[int]
+        self,
+        due: Sequence[Demand],
+        index: ModelIndex,
+        info: OptimizerInfo,
+        *,
+        unowned: frozenset[int],
+        merging: bool = False,
     ) -> CallPlan:
         """What a call of this optimizer takes for these demands.
 
@@ -67,13 +75,14 @@ class ParameterCapture:
             index: The model's names.
             info: The optimizer that steps.
             unowned: Parameters that no optimizer owns and that come with this call.
+            merging: Whether what is taken may be a part of what several processes have.
         """
-        key = (tuple(map(id, due)), info.serial, id(info.entries), unowned)
+        key = (tuple(map(id, due)), info.serial, id(info.entries), unowned, merging)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 256:
                 self._plans.clear()
-            plan = self._plans[key] = compile_call(due, index, info, unowned)
+            plan = self._plans[key] = compile_call(due, index, info, unowned, merging=merging)
         return plan
 
     # -- before the update -------------------------------------------------------------------
@@ -98,7 +107,9 @@ class ParameterCapture:
             gradient = entry.parameter.grad if entry.copy is None else entry.copy.gradient
             if gradient is None:
                 continue
-            gradient = gradient.detach()
+            if type(gradient) is not Tensor:
+                self._note_part(table, entry.order, gradient)
+            gradient = local(gradient)
             if isinstance(scale, Tensor):
                 # A fused optimizer unscales within its own kernel.
                 gradient = gradient / scale.to(gradient.device, non_blocking=True)
@@ -118,6 +129,16 @@ class ParameterCapture:
                     del rest[order]
         self._measure(table, rest, needs)
         return table, tensors
+
+    def _note_part(self, table: Table, order: int, tensor: Tensor) -> None:
+        """Note of which part of a DTensor the statistics in a table are."""
+        try:
+            part: Part | None = part_of(tensor)
+        except StreamlensError as error:
+            part = None
+            self._on_error(order, error)
+        if part is not WHOLE:
+            table.parts[order] = part
 
     @staticmethod
     def _enter(table: Table, small: Small, squares: Squares, *, whole: int) -> None:
@@ -148,6 +169,7 @@ class ParameterCapture:
             The tables of weights and of updates, and the update tensors by parameter.
         """
         values, updates = Table(self._sizes), Table(self._sizes)
+        values.parts = updates.parts = plan.parts
         value_needs = plan.needs.get(Facet.VALUE, {})
         update_needs = plan.needs.get(Facet.UPDATE, {})
         whole: dict[int, Tensor] = {}
@@ -269,12 +291,15 @@ class ParameterCapture:
                 copy = entry.copy
                 value = optimizer.state.get(entry.parameter if copy is None else copy.base, {}).get(key)
                 if isinstance(value, Tensor):
-                    tensors[entry.order] = value.detach() if copy is None else copy.part_of(value.detach())
+                    self._note_part(found[key][0], entry.order, value)
+                    value = local(value)
+                    tensors[entry.order] = value if copy is None else copy.part_of(value)
                     asked = reductions.setdefault(entry.order, [])
                     if output.reduction is not None:
                         asked.append(output.reduction)
         for key, (table, tensors) in found.items():
-            self._measure(table, tensors, {order: Needs.of(rs) for order, rs in wanted[key].items()})
+            needs = {order: Needs.of(rs, merging=plan.merging) for order, rs in wanted[key].items()}
+            self._measure(table, tensors, needs)
         return found
 
     def _measure(self, table: Table, tensors: dict[int, Tensor], needs: dict[int, Needs]) -> None:

@@ -48,12 +48,13 @@ class PassPlan:
         return name in self.needs["layer_gradients"] or name in self.raw["layer_gradients"]
 
 
-def compile_pass(due: Sequence[Demand], index: ModelIndex) -> PassPlan:
+def compile_pass(due: Sequence[Demand], index: ModelIndex, *, merging: bool = False) -> PassPlan:
     """What a pass takes for some demands.
 
     Args:
         due: The demands that are due at its step.
         index: The model's names.
+        merging: Whether what is taken may be a part of what several processes have.
     """
     outputs: dict[str, list[PassOutput]] = {}
     needs: dict[str, dict[str, Needs]] = {side: {} for side in PASS_TOPICS}
@@ -76,7 +77,7 @@ def compile_pass(due: Sequence[Demand], index: ModelIndex) -> PassPlan:
             else:
                 for name in chosen:
                     wants.setdefault(name, []).append(output.reduction)
-        needs[topic] = {name: Needs.of(reductions) for name, reductions in wants.items()}
+        needs[topic] = {name: Needs.of(reductions, merging=merging) for name, reductions in wants.items()}
         raw[topic] = frozenset(untouched)
     return PassPlan(outputs, needs, raw)
 

@@ -44,6 +44,7 @@ class PassWatch:
         watches_passes: Whether anything of forward or backward is wanted.
         parts_needed: Whether updates come without the model itself being called.
         thread: The thread of the last counted forward; 0 before it.
+        examples: How many examples the last batch had, where somebody needs to know.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -58,6 +59,7 @@ class PassWatch:
         self._late_output: Tensor | None = None
         self._grad_forward_seen = False
         self.thread = 0
+        self.examples = 1
 
     def reset(self) -> None:
         """The demands have changed."""
@@ -152,11 +154,13 @@ class PassWatch:
             self._engine.updates.pass_begins()
             self._engine.emit_index("batch_started", clock.batch)
         # Of parts called one after the other, the first has the batch.
-        if self._watches_input and self._engine.due_now and (fresh or not name):
+        watches = self._watches_input or (self.watches_passes and self._engine.exchange.active)
+        if watches and self._engine.due_now and (fresh or not name):
             data = next(tensors_in((args, kwargs)), None)
             if data is not None:
+                self.examples = data.shape[0] if data.ndim else 1
                 self._engine.updates.pace.count_examples(data)
-                self._engine.forward.measure_batch("input_data", data, self._engine.due_now)
+                self._engine.batches.measure("input_data", data, self._engine.due_now)
 
     def forward_ends(self, output: Any, kwargs: Mapping[str, Any] | None = None) -> None:
         """The module that began the forward returns; None if it raised."""
@@ -185,7 +189,7 @@ class PassWatch:
         # Of an output that carries its loss in front, the prediction is what follows.
         result = first_tensor(output, but=loss_of_output(output))
         if result is not None and rooted:
-            self._engine.forward.measure_batch("network_output", result, due)
+            self._engine.batches.measure("network_output", result, due)
         elif result is not None and "network_output" in self._engine.topics and not is_loss:
             # Of parts called one after the other, the last has the output.
             self._late_output = result.detach()
@@ -243,7 +247,7 @@ class PassWatch:
         late, self._late_output = self._late_output, None
         if self._engine.due_now:
             if late is not None:
-                self._engine.forward.measure_batch("network_output", late, self._engine.due_now)
+                self._engine.batches.measure("network_output", late, self._engine.due_now)
             if "activations" in self._engine.topics:
                 self._engine.forward.send("activations")
             self._engine.losses.send()

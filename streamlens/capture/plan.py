@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamlens.capture.sharded import WHOLE, Part
 from streamlens.capture.small import Small, is_small
 from streamlens.capture.table import Needs
 from streamlens.reductions import Reduction
@@ -40,17 +41,26 @@ class CallPlan:
     outputs: dict[Facet, list[Output]]
     needs: dict[Facet, dict[int, Needs]]
     entries: dict[Facet, tuple[ParameterEntry, ...]]
+    merging: bool
+    """Whether what is taken may be a part of what several processes have."""
     whole_updates: bool
     """Whether somebody wants the updates themselves and not only statistics of them."""
     small: dict[Facet, Small] = field(default_factory=dict)
     """Small float32 CPU parameters of which only 2-norms are wanted."""
+    parts: dict[Hashable, Part | None] = field(default_factory=dict)
+    """The parameters of which this process holds a part."""
 
     def __bool__(self) -> bool:
         return bool(self.outputs)
 
 
 def compile_call(
-    due: Sequence[Demand], index: ModelIndex, info: OptimizerInfo, unowned: frozenset[int]
+    due: Sequence[Demand],
+    index: ModelIndex,
+    info: OptimizerInfo,
+    unowned: frozenset[int],
+    *,
+    merging: bool = False,
 ) -> CallPlan:
     """What a call of an optimizer takes for some demands.
 
@@ -59,6 +69,7 @@ def compile_call(
         index: The model's names.
         info: The optimizer that steps.
         unowned: Parameters that no optimizer owns and that come with this call.
+        merging: Whether what is taken may be a part of what several processes have.
     """
     owned = {entry.order for entry in info.entries}
     found: dict[tuple[Any, ...], Output] = {}
@@ -81,7 +92,7 @@ def compile_call(
                 orders = tuple(e.order for e in entries)
                 output = found[group] = Output(group, spec, demand.view.reduction, entries, keys, orders)
             output.demands.append(demand)
-    return _call_plan(found.values())
+    return _call_plan(found.values(), merging=merging)
 
 
 def _entries(
@@ -102,7 +113,7 @@ def _entries(
     ]
 
 
-def _call_plan(found: Iterable[Output]) -> CallPlan:
+def _call_plan(found: Iterable[Output], *, merging: bool) -> CallPlan:
     """Unite what several outputs need of each parameter."""
     outputs: dict[Facet, list[Output]] = {}
     for output in found:
@@ -122,11 +133,12 @@ def _call_plan(found: Iterable[Output]) -> CallPlan:
         # Equal needs become one object, so that layers with the same needs share one matrix.
         needs[facet] = {}
         for order, wants in reductions.items():
-            need = Needs.of(wants)
+            need = Needs.of(wants, merging=merging)
             needs[facet][order] = shared.setdefault(need, need)
         involved[facet] = tuple(by_order[order] for order in sorted(by_order))
     whole = any(o.reduction is None or not o.reduction.needs() for o in outputs.get(Facet.UPDATE, ()))
-    plan = CallPlan(outputs, needs, involved, whole)
+    plan = CallPlan(outputs, needs, involved, merging, whole)
+    plan.parts = {e.order: e.part for entries in involved.values() for e in entries if e.part is not WHOLE}
     for facet in (Facet.GRADIENT, Facet.VALUE, Facet.UPDATE):
         small = Small.of(e for e in involved.get(facet, ()) if is_small(e, needs[facet][e.order]))
         if small.entries and not (whole and facet is Facet.UPDATE):

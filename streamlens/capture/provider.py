@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
@@ -103,6 +103,13 @@ class Provider(Runtime):
 
     def check_view(self, view: View) -> None:
         """Raise where a view cannot be answered as it is."""
+
+    def check_whole(self, topics: Sequence[str], operator: str) -> None:
+        """Raise where there are no whole tensors of some topics, which an operator needs.
+
+        Raises:
+            UnmergeableError: Each of several ranks holds a part of them.
+        """
 
     # -- what only some sources take ---------------------------------------------------------
 

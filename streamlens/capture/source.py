@@ -181,8 +181,9 @@ class Source(Provider):
         components: tuple[str, ...] = (),
         meta: Mapping[str, Any] | None = None,
         lease: Lease | None = None,
+        micro_step: int | None = None,
     ) -> Frame:
-        """A frame of the open step."""
+        """A frame of the open step, of the open micro-step unless told otherwise."""
         clock = self.clock
         return Frame(
             topic,
@@ -190,7 +191,7 @@ class Source(Provider):
             layers,
             values,
             epoch=clock.epoch,
-            micro_step=clock.micro_step,
+            micro_step=clock.micro_step if micro_step is None else micro_step,
             components=components,
             meta=meta,
             kind=kind,

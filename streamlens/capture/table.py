@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamlens.capture.interned import MOST_SETS
+from streamlens.capture.sharded import Part
 from streamlens.reductions import (
     FunctionReduction,
     Reduction,
@@ -18,10 +19,11 @@ from streamlens.reductions import (
     needed_statistics,
     real_size,
     statistics_of,
+    statistics_to_merge,
     summarise,
 )
 
-__all__ = ["Needs", "Sizes", "Table"]
+__all__ = ["Needs", "Rows", "Sizes", "Table"]
 
 OnError = Callable[[Hashable, Exception], None]
 Keys = tuple[Hashable, ...]
@@ -40,12 +42,13 @@ class Needs:
     others: tuple[Reduction, ...] = ()
 
     @classmethod
-    def of(cls, reductions: Iterable[Reduction]) -> Needs:
-        """The union of some reductions' needs."""
+    def of(cls, reductions: Iterable[Reduction], *, merging: bool = False) -> Needs:
+        """The union of some reductions' needs, with what merging parts needs where tensors may be parts."""
         wanted = tuple(dict.fromkeys(reductions))
-        return cls(
-            needed_statistics(r for r in wanted if r.needs()), tuple(r for r in wanted if not r.needs())
-        )
+        statistics = needed_statistics(r for r in wanted if r.needs())
+        if merging:
+            statistics = statistics_to_merge(statistics)
+        return cls(statistics, tuple(r for r in wanted if not r.needs()))
 
     def __bool__(self) -> bool:
         return bool(self.statistics or self.others)
@@ -92,18 +95,48 @@ def _beside(tensor: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Block:
-    """Statistics of some layers that were computed together: a vector each."""
+    """Statistics of some layers that were computed together: a vector each.
+
+    Of tensors that lie in parts on several processes, the sizes of the whole come with them.
+    """
 
     keys: Keys
     columns: Mapping[Statistic, Tensor]
+    counts: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Rows:
+    """What a table has of some layers, to be merged with what other processes have of them.
+
+    Attributes:
+        what: The statistics, or the reduction that was computed.
+        keys: The layers.
+        values: A vector a statistic and then the numbers of elements, or one a component; an entry a layer.
+    """
+
+    what: tuple[Statistic, ...] | Reduction
+    keys: Keys
+    values: Tensor
+
+    def select(self, keys: Keys) -> Rows:
+        """Those of some of the layers."""
+        order = {key: i for i, key in enumerate(self.keys)}
+        index = _beside(torch.tensor([order[key] for key in keys], dtype=torch.long), self.values)
+        return Rows(self.what, keys, self.values.index_select(1, index))
 
 
 class Table:
-    """Statistics by layer; finishing a reduction reads them, so that what is shared is computed once."""
+    """Statistics by layer; finishing a reduction reads them, so that what is shared is computed once.
 
-    __slots__ = ("_blocks", "_double", "_results", "_rows", "_sizes")
+    Attributes:
+        parts: The layers of whose tensor this process holds a part; None where that is unknown.
+    """
+
+    __slots__ = ("_blocks", "_double", "_results", "_rows", "_sizes", "parts")
 
     def __init__(self, sizes: Sizes | None = None) -> None:
+        self.parts: dict[Hashable, Part | None] = {}
         self._blocks: list[_Block] = []
         self._rows: dict[tuple[Statistic, ...], dict[Hashable, Sequence[float] | Sequence[Tensor]]] = {}
         self._results: dict[Reduction, dict[Hashable, Tensor]] = {}
@@ -236,6 +269,7 @@ class Table:
             held = tuple(k for block in blocks for k in block.keys)
             found = {s: torch.cat([block.columns[s] for block in blocks]) for s in wanted}
         first = found[wanted[0]]
+        sizes = self._sizes_of_wholes(blocks)
         if held != keys:
             known = set(held)
             if not known.issuperset(keys):
@@ -245,10 +279,80 @@ class Table:
             if held != keys:
                 places = self._sizes.places(held, keys, first)
                 found = {s: found[s].index_select(0, places) for s in wanted}
-        values = reduction.finish(found, self._sizes.counts(keys, first))
+                sizes = sizes if sizes is None else sizes.index_select(0, places)
+        values = reduction.finish(found, self._sizes.counts(keys, first) if sizes is None else sizes)
         if values.dtype == torch.float64 and not self._double:
             values = values.float()
         return keys, values
+
+    def _sizes_of_wholes(self, blocks: Sequence[_Block]) -> Tensor | None:
+        """The sizes of some blocks' layers, where those of wholes are among them."""
+        if all(block.counts is None for block in blocks):
+            return None
+        return torch.cat([self._counts_of(block) for block in blocks])
+
+    def _counts_of(self, block: _Block) -> Tensor:
+        if block.counts is not None:
+            return block.counts
+        return self._sizes.counts(block.keys, next(iter(block.columns.values())))
+
+    # -- parts and wholes --------------------------------------------------------------------
+
+    def take(self, keys: Collection[Hashable]) -> list[Rows]:
+        """Take out what there is of some layers, because it is of parts of them."""
+        self._seal()
+        taken: list[Rows] = []
+        blocks, self._blocks = self._blocks, []
+        for block in blocks:
+            mine = [i for i, key in enumerate(block.keys) if key in keys]
+            if not mine:
+                self._blocks.append(block)
+                continue
+            values = torch.stack([*block.columns.values(), self._counts_of(block)])
+            statistics = tuple(block.columns)
+            if len(mine) == len(block.keys):
+                taken.append(Rows(statistics, block.keys, values))
+                continue
+            rest = [i for i, key in enumerate(block.keys) if key not in keys]
+            for index, of_part in ((mine, True), (rest, False)):
+                names = tuple(block.keys[i] for i in index)
+                some = values.index_select(1, _beside(torch.tensor(index), values))
+                if of_part:
+                    taken.append(Rows(statistics, names, some))
+                else:
+                    columns_left = dict(zip(statistics, some, strict=False))
+                    self._blocks.append(
+                        _Block(names, columns_left, None if block.counts is None else some[-1])
+                    )
+        for reduction, results in self._results.items():
+            names = tuple(key for key in results if key in keys)
+            if names:
+                stacked = torch.stack([results.pop(key).reshape(-1) for key in names], dim=1)
+                taken.append(Rows(reduction, names, stacked))
+        return taken
+
+    def put_wholes(self, rows: Rows) -> None:
+        """Enter what the parts of some layers have been merged to."""
+        if isinstance(rows.what, tuple):
+            *values, counts = rows.values
+            self._blocks.append(_Block(rows.keys, dict(zip(rows.what, values, strict=True)), counts))
+            return
+        scalar = not rows.what.components
+        results = self._results.setdefault(rows.what, {})
+        for key, value in zip(rows.keys, rows.values.unbind(1), strict=True):
+            results[key] = value[0] if scalar and len(value) == 1 else value
+
+    def column(self, statistic: Statistic) -> dict[Hashable, tuple[Tensor, Tensor]]:
+        """One statistic of each layer that has it, with the number of elements."""
+        self._seal()
+        return {
+            key: (value, count)
+            for block in self._blocks
+            if statistic in block.columns
+            for key, value, count in zip(
+                block.keys, block.columns[statistic], self._counts_of(block), strict=True
+            )
+        }
 
     def _seal(self) -> None:
         """Turn rows that were entered one by one into blocks."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 
+from streamlens.capture.exchange import Partial
 from streamlens.capture.partners import Partners, Reduced
 from streamlens.capture.plan import Output
 from streamlens.capture.table import Table
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
 
-__all__ = ["TakenFrom", "UpdateFrames"]
+__all__ = ["TakenFrom", "UpdateFrames", "masked"]
 
 TakenFrom: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
 """What was asked for, its statistics, and the tensors themselves."""
@@ -33,6 +35,17 @@ class UpdateFrames:
     def __init__(self, engine: Engine, partners: Partners) -> None:
         self._engine = engine
         self._partners = partners
+
+    def partials(self, sources: Iterable[TakenFrom]) -> list[Partial]:
+        """The tables with rows of parameters of which this process holds a part."""
+        tables = {id(table): (output, table) for output, table, _ in sources if table.parts}
+        entries = self._engine.index.entries if tables else ()
+        names: dict[Hashable, str] = {entry.order: entry.name for entry in entries}
+        return [
+            Partial(output.spec.state or output.spec.facet.value, table, table.parts, names)
+            for output, table in tables.values()
+            if output.spec.facet is not None
+        ]
 
     def of(
         self, sources: Iterable[TakenFrom], lease: Lease
@@ -61,3 +74,8 @@ class UpdateFrames:
         layers = self._partners.interned(key for key, _ in held)
         frame = self._engine.frame(output.spec.name, layers, tuple(v for _, v in held), lease=lease)
         return output.demands, frame
+
+
+def masked(values: Tensor, overflow: Tensor) -> Tensor:
+    """NaN where the step was none, which only the device knows."""
+    return torch.where(overflow.to(values.device) > 0, torch.nan, values)

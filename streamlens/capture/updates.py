@@ -18,7 +18,7 @@ from streamlens.capture.partners import Partners
 from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
 from streamlens.capture.unowned import Unowned
-from streamlens.capture.update_frames import TakenFrom, UpdateFrames
+from streamlens.capture.update_frames import TakenFrom, UpdateFrames, masked
 from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Kind, Lease
 from streamlens.topics import Facet
@@ -206,7 +206,9 @@ class UpdateCapture:
         if not self.partners.stepped and len(info.entries) < len(self._engine.index.entries):
             owned = {e.order for e in info.entries} | self.owners.owned()
             unowned = self._unowned.with_first(self._engine.index.entries, owned)
-        return self._parameters.plan(self._engine.due_now, self._engine.index, info, unowned=unowned)
+        engine = self._engine
+        merging = engine.exchange.active
+        return self._parameters.plan(engine.due_now, engine.index, info, unowned=unowned, merging=merging)
 
     def _first_evaluation(
         self, call: _Call, optimizer: Optimizer, closure: Callable[[], Any]
@@ -305,6 +307,7 @@ class UpdateCapture:
         call.elapsed = self.pace.step_time() if call.first else None
         if call.plan is None or engine.silent:
             self._parameters.renew(info.entries, keep_next=False)
+            engine.settling.now()
             if not (engine.silent or engine.idle):
                 # Averages over the micro-steps are due, whether or not anything of the parameters is.
                 engine.post_mark(Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
@@ -352,11 +355,12 @@ class UpdateCapture:
         if optimizer is not None and Facet.STATE in plan.outputs:
             states = self._parameters.states(plan, optimizer)
             sources += [(o, *states[o.spec.state]) for o in plan.outputs.get(Facet.STATE, ())]
+        engine.settling.now(self._frames.partials(sources))
         frames, reduced = self._frames.of(sources, lease)
         reduced += [(output, output.orders, rates) for output, rates in call.rates]
         if call.overflow is not None:
             frames = []
-            reduced = [(o, k, _masked(values, call.overflow)) for o, k, values in reduced]
+            reduced = [(o, k, masked(values, call.overflow)) for o, k, values in reduced]
         frames += self.partners.gather(reduced, lambda: self.owners.known)
         clock = engine.clock
         engine.post_frames(frames, lease, Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step))
@@ -385,12 +389,8 @@ class UpdateCapture:
             table = self._parameters.values(plan, keep_next=False)[0]
             tensors = {e.order: e.tensor.detach() for e in plan.entries.get(Facet.VALUE, ())}
             sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
+            table.take(table.parts)
             raw, reduced = self._frames.of(sources, lease)
             frames += raw + self.partners.gather(reduced, lambda: ())
         if frames:
             self._engine.post_frames(frames, lease)
-
-
-def _masked(values: Tensor, overflow: Tensor) -> Tensor:
-    """NaN where the step was none, which only the device knows."""
-    return torch.where(overflow.to(values.device) > 0, torch.nan, values)

@@ -68,6 +68,7 @@ def tensors_of(source: Observable[Frame], topic: str | None, operator: str) -> S
         StreamlensError: The stream is known to carry numbers.
         TypeError: The topic is not a name.
         UnknownTopicError: Nothing provides the topic.
+        UnmergeableError: Several ranks hold parts of the tensors.
     """
     if topic is not None:
         source = select(*check_topics(operator, (topic,)))(source)
@@ -76,6 +77,7 @@ def tensors_of(source: Observable[Frame], topic: str | None, operator: str) -> S
         specs = [stream.source.spec(name) for name in stream.topics]
         if stream.view.reduction is not None or any(spec is not None and not spec.raw for spec in specs):
             raise _needs_tensors(operator, stream.plan_text)
+        stream.source.check_whole(stream.topics, operator)
     return stream
 
 

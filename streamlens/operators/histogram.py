@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Histogram(Reduction):
     """
 
     bins: Bins
+    adds: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

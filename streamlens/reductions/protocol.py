@@ -23,6 +23,8 @@ class Reduction:
     """
 
     statistics: ClassVar[tuple[Statistic, ...]] = ()
+    adds: ClassVar[bool] = False
+    """Whether `merge` adds up, so that parts need not be kept apart on the way."""
     components: tuple[str, ...] = ()
 
     @property
@@ -59,6 +61,11 @@ class Reduction:
             TypeError: The values of parts do not determine that of the whole, as by default.
         """
         raise TypeError(f"{self.describe()} of a whole does not follow from that of its parts")
+
+    @property
+    def merges(self) -> bool:
+        """Whether the value of a whole follows from what is computed of its parts."""
+        return bool(self.needs()) or type(self).merge is not Reduction.merge
 
     def describe(self) -> str:
         """How the reduction shows in a plan."""

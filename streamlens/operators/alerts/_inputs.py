@@ -10,7 +10,7 @@ from typing import Final
 from reactivex import Observable
 from torch import nn
 
-from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError
+from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError, UnmergeableError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
@@ -195,7 +195,7 @@ def found_on(lens: Lens, entry: Input, *, compute: bool = True) -> Stream | None
     for way in ways:
         try:
             stream = way(lens)
-        except (UnknownTopicError, LayerNotFoundError):
+        except (UnknownTopicError, LayerNotFoundError, UnmergeableError):
             continue
         assert isinstance(stream, Stream)
         return per_step()(stream) if entry.micro_steps else stream  # type: ignore[return-value]

@@ -1,0 +1,346 @@
+"""`Ranks`: statistics of parts become those of the whole, over all processes of `torch.distributed`."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.distributed as dist
+from reactivex.abc import DisposableBase
+from torch import Tensor
+
+from streamlens.capture.sharded import WHOLE, Part, data_part
+from streamlens.capture.table import Rows
+from streamlens.capture.view import View
+from streamlens.distributed.group import Group
+from streamlens.distributed.layout import WEIGHT, Item
+from streamlens.distributed.meeting import EVERY, Meeting, named
+from streamlens.distributed.wire import Wire
+from streamlens.errors import StreamlensError, UnmergeableError
+from streamlens.reductions import Reduction
+from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from streamlens.capture.engine import Engine
+    from streamlens.capture.exchange import Partial
+    from streamlens.frame import Frame
+
+__all__ = ["Ranks"]
+
+_named: Final[Counter[str]] = Counter()
+"""How often a model of some name and shape was observed by this process."""
+
+
+def _nobody(frame: Frame) -> None:
+    """Receives what other processes have asked for."""
+
+
+class Ranks:
+    """What an engine asks of the other processes of `torch.distributed`.
+
+    Args:
+        engine: The engine.
+        timeout: Seconds to wait for others at most.
+    """
+
+    def __init__(self, engine: Engine, timeout: float) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self._rank = 0
+        self._ranks = 0
+        self._spread: tuple[Part, bool, bool] | None = None
+        self._name = ""
+        self._meeting: Meeting | None = None
+        self._wire: Wire | None = None
+        self._over = False
+        self._since = 0.0
+        self._told_alone = False
+        self._told: set[tuple[str, str]] = set()
+        self._asked: tuple[View, ...] | None = None
+        self._published: tuple[View, ...] = ()
+        self._agreed: tuple[View, ...] = ()
+        self._shadows: dict[View, DisposableBase] = {}
+        self._moment = (-1, 0)
+
+    # -- facts -------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether several processes train together; known from when the process group is there."""
+        if not self._ranks:
+            if not (dist.is_available() and dist.is_initialized()):
+                return False
+            self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        return self._ranks > 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether sinks write in this process: in the first one."""
+        return not self.active or self._rank == 0
+
+    @property
+    def place(self) -> str:
+        """`rank 1`."""
+        return f"rank {self._rank}" if self.active else ""
+
+    @property
+    def batch(self) -> Part:
+        """The part of the global batch that this process computes."""
+        return self._facts[0] if self.active else WHOLE
+
+    @property
+    def split(self) -> bool:
+        """Whether an output that is no DTensor may be a part of the layer's."""
+        return self.active and self._facts[1]
+
+    @property
+    def _facts(self) -> tuple[Part, bool, bool]:
+        """The part of the batch, whether computation is split, whether parameters are."""
+        if self._spread is None:
+            model, entries = self._engine.model, self._engine.index.entries
+            if model is None:
+                return WHOLE, False, False
+            part, split = data_part(model, [e.parameter for e in entries], self._rank, self._ranks)
+            self._spread = part, split, any(e.part is not WHOLE for e in entries)
+        return self._spread
+
+    def model_changed(self) -> None:
+        """Parameters were replaced."""
+        self._spread = None
+        self._asked = None
+
+    def demands_changed(self) -> None:
+        """A subscription has come or gone."""
+        self._asked = None
+
+    def _in_parts(self, spec: TopicSpec) -> bool:
+        """Whether what this process has of a topic is a part of the whole."""
+        if spec.phase in (Phase.MODULE, Phase.BATCH, Phase.LOSS):
+            return self.batch.parts > 1 or self.split
+        return spec.phase is Phase.PARAMETER and spec.facet is not Facet.RATE and self._facts[2]
+
+    def check(self, topics: Iterable[str], what: str, reduction: Reduction | None) -> None:
+        """Raise where something cannot be had of a whole.
+
+        Raises:
+            UnmergeableError: It takes whole tensors, or a reduction that does not merge.
+        """
+        if not self.active:
+            return
+        for topic in topics:
+            spec = topic_spec(topic)
+            if spec is None or not spec.raw or not self._in_parts(spec):
+                continue
+            scaled = topic == "layer_gradients"
+            if reduction is not None and reduction.merges and not (scaled and not reduction.needs()):
+                continue
+            holds = "a part of the parameters" if spec.phase is Phase.PARAMETER else "its part of the batch"
+            raise UnmergeableError(
+                f"{what} of {topic!r} does not follow from that of its parts, and each of {self._ranks} "
+                f"ranks holds {holds}: use what merges (norm, mean, std, minimum, maximum, histogram, ...), "
+                "or observe(model, distributed=False) to look at this rank's part alone"
+            )
+
+    # -- at an update ------------------------------------------------------------------------
+
+    def settle(self, partials: Sequence[Partial]) -> None:
+        """Turn the rows of parts into rows of the whole; those that cannot be are taken out."""
+        items, lost = self._take(partials)
+        step = self._engine.clock.step
+        self._moment = (step, self._moment[1] + 1 if self._moment[0] == step else 0)
+        if not self._over:
+            try:
+                if self._ready(step) and self._wire is not None:
+                    found, tells = self._wire.merge(items, lost, self._moment, news=self._has_news)
+                    for item, rows in found:
+                        if item.table is not None:
+                            item.table.put_wholes(rows)
+                    if tells:
+                        self._agree()
+                    return
+            except Exception as error:
+                self._give_up(error)
+        self._engine.counts["unmerged"] += bool(items)
+
+    def _take(self, partials: Sequence[Partial]) -> tuple[list[Item], list[tuple[str, str]]]:
+        """What there is to merge, and the layers that failed."""
+        items: list[Item] = []
+        lost: list[tuple[str, str]] = []
+        for partial in partials:
+            names = partial.names or {}
+            lost += [
+                (partial.label, str(names.get(k, k))) for k, part in partial.parts.items() if part is None
+            ]
+            scaled = partial.weight is not None
+            taken = [
+                rows
+                for rows in partial.table.take(partial.parts)
+                if isinstance(rows.what, tuple) or self._merges(rows.what, partial.label, scaled=scaled)
+            ]
+            for rows in taken:
+                good = tuple(key for key in rows.keys if partial.parts[key] is not None)
+                if len(good) < len(rows.keys):
+                    rows = rows.select(good)
+                items.append(
+                    Item(
+                        partial.label,
+                        partial.table,
+                        rows,
+                        tuple(str(names.get(key, key)) for key in rows.keys),
+                        tuple(partial.parts[key] or WHOLE for key in rows.keys),
+                        partial.open,
+                        scaled,
+                    )
+                )
+            if taken and partial.weight is not None:
+                items.append(self._weight(partial, taken[0].values))
+        return items, lost
+
+    def _weight(self, partial: Partial, like: Tensor) -> Item:
+        """How many examples this process has, beside the numbers that it is for."""
+        number = torch.as_tensor(partial.weight, dtype=like.dtype).to(like.device, non_blocking=True)
+        rows = Rows((), ("",), number.reshape(1, 1))
+        return Item(partial.label + WEIGHT, None, rows, ("",), (self.batch,), open=True)
+
+    def _merges(self, reduction: Reduction, label: str, *, scaled: bool) -> bool:
+        """Whether a reduction merges; what does not, and was not refused when asked for, is told once."""
+        if reduction.merges and not scaled:
+            return True
+        what = label.partition("/")[0]
+        if (what, reduction.name) not in self._told:
+            self._told.add((what, reduction.name))
+            self._engine.report(
+                UnmergeableError(
+                    f"{reduction.describe()} of {what!r} does not follow from that of its parts, and "
+                    f"each of {self._ranks} ranks holds a part: it is left out"
+                ),
+                f"{what}.{reduction.name}",
+            )
+        return False
+
+    # -- agreement ---------------------------------------------------------------------------
+
+    def _ready(self, step: int) -> bool:
+        """Whether all processes merge at this update."""
+        if self._wire is not None:
+            return step % EVERY == 0 or any(view.due(step) for view in self._agreed)
+        if self._meeting is None:
+            self._meeting = Meeting(self._store("meeting"), self._rank, self._ranks, self._timeout)
+            self._since = time.monotonic()
+        if not self._meeting.come(step, asks=bool(self._asks)):
+            self._look_for_others()
+            return False
+        self._wire = Wire(Group(self._store("group"), self._rank, self._ranks, self._timeout))
+        self._agree()
+        return True
+
+    def _store(self, purpose: str) -> Store:
+        """The run's store, under a name that all processes give to this model."""
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        if not self._name:
+            model, entries = self._engine.model, self._engine.index.entries
+            shape = repr((type(model).__name__, [(e.name, tuple(e.parameter.shape)) for e in entries]))
+            digest = hashlib.sha256(shape.encode()).hexdigest()[:16]
+            _named[digest] += 1
+            self._name = f"streamlens/{digest}/{_named[digest]}"
+        return PrefixStore(f"{self._name}/{purpose}", _get_default_store())
+
+    @property
+    def _asks(self) -> tuple[View, ...]:
+        """What is subscribed here and takes all processes."""
+        if self._asked is None:
+            own = [d.view for d in self._engine.demands if d.deliver is not _nobody]
+            self._asked = tuple(
+                dict.fromkeys(
+                    replace(view, expected=False)
+                    for view in own
+                    if (view.reduction is not None or "loss" in view.topics)
+                    and any((spec := topic_spec(t)) is not None and self._in_parts(spec) for t in view.topics)
+                )
+            )
+        return self._asked
+
+    @property
+    def _has_news(self) -> bool:
+        return self._asks != self._published
+
+    def _agree(self) -> None:
+        """Tell each other what is subscribed; all of it is taken on all processes from the next step on."""
+        assert self._wire is not None
+        self._published = self._asks
+        told = self._wire.group.gather([self._packed(view) for view in self._published])
+        wanted = dict.fromkeys(packed for views in told for packed in views if packed)
+        self._agreed = tuple(dict.fromkeys(pickle.loads(packed) for packed in wanted))
+        for view in [view for view in self._shadows if view not in self._agreed]:
+            self._shadows.pop(view).dispose()
+        for view in self._agreed:
+            if view not in self._published and view not in self._shadows:
+                try:
+                    self._shadows[view] = self._engine.subscribe_view(view, _nobody)
+                except StreamlensError as error:
+                    self._engine.report(error, "what another rank asks for")
+
+    def _packed(self, view: View) -> bytes:
+        try:
+            return pickle.dumps(view)
+        except Exception as error:
+            self._engine.report(
+                StreamlensError(
+                    f"{' | '.join(view.describe())} cannot be told to the other ranks ({error}): subscribe "
+                    "to it on every rank"
+                ),
+                "the agreement of ranks",
+            )
+            return b""
+
+    def _look_for_others(self) -> None:
+        """Say so once if this process observes alone, though it can do so: what is whole goes on."""
+        late = time.monotonic() - self._since > self._timeout
+        if self._told_alone or not late or self._meeting is None or self._engine.idle:
+            return
+        self._told_alone = True
+        missing = self._meeting.missing()
+        if missing:
+            self._engine.report(
+                StreamlensError(
+                    f"{self.place} observes the model, and after {self._timeout:g} s {named(missing)} not: "
+                    "what every rank has whole goes on, and losses, activations and all else that takes all "
+                    "ranks cannot be had. Call streamlens.observe(model) on every rank (sinks write on rank "
+                    "0 alone by themselves), or observe(model, distributed=False) to look at this rank alone"
+                ),
+                "observing on one rank",
+            )
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _give_up(self, error: Exception) -> None:
+        """Merge no more: training goes on, and what this process has whole."""
+        self._leave()
+        if not isinstance(error, StreamlensError):
+            first = str(error).partition("\n")[0]
+            error = StreamlensError(
+                f"{self.place} lost the other ranks at step {self._engine.clock.step} ({first}): one of them "
+                "has failed, ended, or closed its lens. What takes all ranks is left out from now on, and "
+                "training goes on"
+            )
+        self._engine.report(error, "merging over ranks")
+
+    def _leave(self) -> None:
+        self._over = True
+        self._wire = self._meeting = None
+        shadows, self._shadows = self._shadows, {}
+        for shadow in shadows.values():
+            shadow.dispose()
+
+    def close(self) -> None:
+        """Nothing more will be merged; who still waits for this process fails at once."""
+        self._leave()
