@@ -340,7 +340,7 @@ BROKEN: Final[Mapping[str, Sequence[Broken]]] = {
         Broken("SGD at a rate of 1,000", _SHORT(optimizer=sgd(1000.0)), 0, 50),
     ),
     "poor_initialisation": (
-        Broken("10 layers, weights five times as large", _SHORT(_deep(), before=scaled_weights(10.0)), 0, 1),
+        Broken("10 layers, weights 10 times as large", _SHORT(_deep(), before=scaled_weights(10.0)), 0, 1),
         Broken("10 layers, weights a tenth as large", _SHORT(_deep(), before=scaled_weights(0.1)), 0, 1),
     ),
     "exploding_gradients": (
