@@ -47,6 +47,7 @@ class CompiledPasses:
         self._engine = engine
         self.serial = str(next(_serials))
         self._places: dict[str, list[str]] = {}
+        self._said: set[str] = set()
         _live[self.serial] = self
 
     def key(self, kind: str, name: str) -> str:
@@ -132,7 +133,10 @@ class CompiledPasses:
             self._cannot(
                 name,
                 "returns a tensor that it did not compute (its parameter, or its input), whose gradient "
-                "torch.compile does not show: take parameter_gradients instead",
+                "torch.compile does not show: take parameter_gradients instead"
+                if torch.is_grad_enabled()
+                else "its gradient cannot be taken, since compiled autograd is on or this PyTorch too old: turn "
+                "compiled autograd off, or compile the part of the model that is not observed",
             )
             return
         found = self._places.get(site.replace("|gradient|", "|output|", 1))
@@ -143,6 +147,9 @@ class CompiledPasses:
             engine.counts["repeated_backward"] += 1
 
     def _cannot(self, name: str, what: str) -> None:
+        if name in self._said:
+            return
+        self._said.add(name)
         self._engine.report(StreamlensError(f"layer {name!r} is compiled and {what}"), f"layer {name!r}")
 
 

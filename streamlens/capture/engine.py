@@ -287,6 +287,7 @@ class Engine(Source):
             self.updates.release()
             self.clock.close_step()
             return
+        self.passes.settle()
         self.passes.flush()
         self.forward.drop()
         self.updates.release()
@@ -363,6 +364,7 @@ class Engine(Source):
     def shut_down(self, timeout: float | None = None) -> bool:
         """Complete every stream, remove every hook, flush and close every sink."""
         if not self.closed and not self.inert:
+            self.guard(self.passes.settle)
             self.guard(self.passes.flush)
             self.guard(self.updates.release)
         return super().shut_down(timeout)

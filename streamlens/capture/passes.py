@@ -45,6 +45,7 @@ class PassWatch:
         parts_needed: Whether updates come without the model itself being called.
         thread: The thread of the last counted forward; 0 before it.
         examples: How many examples the last batch had, where somebody needs to know.
+        open_ended: Whether a backward has begun whose end nobody will tell.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -58,6 +59,7 @@ class PassWatch:
         self._last_counted = False
         self._late_output: Tensor | None = None
         self._grad_forward_seen = False
+        self.open_ended = False
         self.thread = 0
         self.examples = 1
 
@@ -119,6 +121,7 @@ class PassWatch:
             if not self._engine.silent:
                 self._last_counted = False
             return
+        self.settle()
         self.outside = None
         self.nested = 0
         self.thread = threading.get_ident()
@@ -223,11 +226,14 @@ class PassWatch:
         if self._engine.forward.in_backward or (passes is not None and passes != self._engine.clock.passes):
             return
         self._engine.forward.drop_provisional()
-        self._engine.forward.in_backward = after_backward(partial(self._engine.guard, self.backward_ends))
+        told = after_backward(partial(self._engine.guard, self.backward_ends))
+        self._engine.forward.in_backward = told
+        self.open_ended = not told
 
     def backward_ends(self) -> None:
         """A backward through the open pass has run."""
         self._engine.forward.in_backward = False
+        self.open_ended = False
         if self._engine.silent:
             return
         self.flush()
@@ -239,6 +245,11 @@ class PassWatch:
             batch = self._engine.clock.batch
             self._engine.clock.end_pass()
             self._engine.emit_index("batch_finished", batch)
+
+    def settle(self) -> None:
+        """End a backward that nobody tells the end of, because it ran within compiled code."""
+        if self.open_ended:
+            self.backward_ends()
 
     def flush(self) -> None:
         """Emit what the forward phase of the open pass has left: late activations and the loss."""

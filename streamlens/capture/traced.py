@@ -9,6 +9,8 @@ for the compiler; what needs more runs while it traces, and gives it a constant.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -113,6 +115,18 @@ def _leave(key: str, entered: str) -> str:
     return "" if trace.inside else f"{key}@0"
 
 
+@_while_tracing
+def _shows_gradients() -> bool:
+    """Whether a hook of a tensor that is computed in the graph ends up in its backward.
+
+    Older versions of PyTorch break the graph for it, and compiled autograd traces the hook by itself.
+    """
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if getattr(compiled_autograd, "compiled_autograd_enabled", False):
+        return False
+    return importlib.util.find_spec("torch._higher_order_ops.register_hook") is not None
+
+
 def _tensors(value: object, depth: int = 0) -> list[Tensor]:
     """The tensors in a nested output, as far as the compiler can follow."""
     if isinstance(value, Tensor):
@@ -156,7 +170,7 @@ class GradientTap:
 
 def _watch(tensor: Tensor, site: str) -> None:
     """Hand the gradient of a tensor back under a name."""
-    if site and tensor.requires_grad and torch.is_grad_enabled():
+    if site and tensor.requires_grad and torch.is_grad_enabled() and _shows_gradients():
         tensor.register_hook(GradientTap(site))
 
 
@@ -199,9 +213,9 @@ def trace_output(key: str, gradient: str, output: object) -> None:
     found = _first(_tensors(output))
     torch.ops.streamlens.tap(found, site, torch.is_grad_enabled())
     if gradient and found:
-        if found[0].is_leaf and found[0].requires_grad:
-            # A hook on a tensor that stays would stay with it. Without a value this is told.
-            torch.ops.streamlens.tap([], _place(gradient), False)
+        if found[0].requires_grad and (found[0].is_leaf or not _shows_gradients()):
+            # A hook on a tensor that stays would stay with it. That there is none is told.
+            torch.ops.streamlens.tap([], _place(gradient), found[0].is_leaf)
         else:
             # Numbered as the output is, so that the two are known to belong together.
             _watch(found[0], gradient + site[len(key) :])

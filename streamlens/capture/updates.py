@@ -151,6 +151,7 @@ class UpdateCapture:
         info = self.owners.get(optimizer)
         assert info is not None
         engine.guard(engine.threads.update_begins)
+        engine.guard(engine.passes.settle)
         if engine.idle and getattr(optimizer, "found_inf", None) is None and not self.interventions:
             self._call = None
             engine.guard(self.partners.update_begins, info, closure is not None)
