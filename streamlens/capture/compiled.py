@@ -135,8 +135,8 @@ class CompiledPasses:
                 "returns a tensor that it did not compute (its parameter, or its input), whose gradient "
                 "torch.compile does not show: take parameter_gradients instead"
                 if torch.is_grad_enabled()
-                else "its gradient cannot be taken, since compiled autograd is on or this PyTorch too old: turn "
-                "compiled autograd off, or compile the part of the model that is not observed",
+                else "its gradient cannot be taken, since compiled autograd is on or this PyTorch too old: "
+                "turn compiled autograd off, or compile what is not observed",
             )
             return
         found = self._places.get(site.replace("|gradient|", "|output|", 1))
