@@ -55,7 +55,7 @@ setup: $(VENV)/.dev-installed
 
 demo: $(VENV)/.lab-installed
 	@$(BIN)/streamlens train --model AlexNetMini --dataset digits --epochs 10 --optimizer Adam \
-		--learning-rate 3e-3 --ratio --norm --train-accuracy --test-accuracy --out $(DEMO)
+		--learning-rate 3e-3 --ratio --norm --health --train-accuracy --test-accuracy --out $(DEMO)
 
 # Two workers with a thread each: more threads than cores would only wait for each other.
 test: $(VENV)/.dev-installed browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import math
 import os
 import re
@@ -371,6 +372,91 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_without_a_command_the_help_is_shown() -> None:
     assert "train" in streamlens().output
+
+
+@pytest.fixture(scope="module")
+def metrics_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("metrics")
+    metrics = ("norm(biases, order=1) | ema(0.5)", "cosine(weight_gradients)", "norm(weights)", "sharpness")
+    options = [option for text in metrics for option in ("--metric", text)]
+    flags = ("--histogram", "--spectral-norm", "--hessian", "--health", "--norm")
+    return folder, train(*SHORT, *flags, *options, "--out", folder)
+
+
+def test_each_metric_asked_for_is_recorded(metrics_run: tuple[Path, Result]) -> None:
+    assert "warning" not in metrics_run[1].output
+    with read_run(metrics_run[0] / "run.db") as run:
+        counts = {topic: len(set(run.dataframe(topic)["step"])) for topic in run.topics}
+        assert counts["weights.histogram"] == counts["weight_gradients.histogram"] == STEPS
+        assert counts["weights.spectral_norm"] == STEPS
+        assert counts["biases.norm1.ema"] == STEPS
+        assert counts["weight_gradients.cosine"] == STEPS - 1
+        assert counts["hessian_eigenvalues"] == counts["sharpness"] == 2  # once an epoch
+        bins = run.dataframe("weights.histogram", layers="layers.5", steps=0)
+        assert bins["value"].sum() == 10 * 64
+        assert len(run.dataframe("weights.norm2")) == 3 * STEPS  # asked for twice, recorded once
+
+
+def test_the_report_shows_each_metric_asked_for(metrics_run: tuple[Path, Result]) -> None:
+    page = (metrics_run[0] / "report.html").read_text()
+    for title in (
+        "Weights: layers.1",
+        "Weight gradients: layers.5",
+        "Spectral norms of weights",
+        "Curvature",
+        "Sharpness",
+        "Norm1, ema of biases",
+        "Cosine of weight gradients",
+    ):
+        assert f"<h3>{title}</h3>" in page
+
+
+def test_alerts_of_a_run_that_breaks_are_in_its_store_and_its_report(tmp_path: Path) -> None:
+    options = ("-o", "SGD", "-l", "1e6", "--health", "-v", "none")
+    train(*SHORT, *options, "--out", tmp_path)
+    with read_run(tmp_path / "run.db") as run:
+        raised = [topic for topic in run.topics if topic.startswith("alerts.")]
+        assert raised
+        assert "start" in set(run.dataframe(raised[0])["state"])
+        told = run.dataframe(raised[0])["text"].iloc[0]
+    assert html.escape(told) in (tmp_path / "report.html").read_text()
+
+
+def test_observing_with_every_metric_leaves_the_losses_as_they_are(
+    metrics_run: tuple[Path, Result], tmp_path: Path
+) -> None:
+    train(*SHORT, "-v", "none", "--out", tmp_path)
+    losses = []
+    for folder in (tmp_path, metrics_run[0]):
+        with read_run(folder / "run.db") as run:
+            losses.append(run.dataframe("loss")["value"].tolist())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("nrom(weights)", "no operator 'nrom' is installed: did you mean 'norm'?"),
+        ("norm(weigths)", "unknown topic 'weigths': did you mean 'weights'?"),
+        ("norm", "this lens has no topic selected"),
+        ("norm(weights, ordr=1)", "norm() got an unexpected keyword argument 'ordr'"),
+        ("norm(weights, order=-1)", "norm(order=-1)"),
+        ("norm(weights", "is no metric: write it like norm, norm(weights)"),
+        ("norm(__import__('os').getpid())", "is no metric"),
+        ("(lambda: 1)()", "is no metric"),
+        ("norm(*[1])", "is no metric"),
+        ("", "is no metric"),
+        ("AlignedFrame", "no operator 'AlignedFrame'"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_said_before_training(
+    tmp_path: Path, metric: str, message: str
+) -> None:
+    result = streamlens("train", *SHORT, "--metric", metric, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "--metric" in result.stderr
+    assert message in words(re.sub(r"\s*│\s*", " ", result.stderr))
+    assert not (tmp_path / "run").exists()
 
 
 def run_process(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -189,6 +189,39 @@ def train(
             "--variance", help="Variances of each layer's weights and weight gradients.", show_default="off"
         ),
     ] = False,
+    histogram: Annotated[
+        bool,
+        typer.Option(
+            "--histogram", help="Histograms of each layer's weights and weight gradients.", show_default="off"
+        ),
+    ] = False,
+    spectral_norm: Annotated[
+        bool,
+        typer.Option(
+            "--spectral-norm", help="Largest singular value of each layer's weights.", show_default="off"
+        ),
+    ] = False,
+    hessian: Annotated[
+        bool,
+        typer.Option(
+            "--hessian",
+            help="The five largest eigenvalues of the loss's Hessian, once an epoch.",
+            show_default="off",
+        ),
+    ] = False,
+    health: Annotated[
+        bool,
+        typer.Option("--health", help="Alerts where something is wrong with the run.", show_default="off"),
+    ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="A metric by name, with arguments: 'norm(weights, order=1) | ema(0.9)'. May be repeated; "
+            "`streamlens plugins` lists what there is.",
+            show_default=False,
+        ),
+    ] = None,
     train_accuracy: Annotated[
         bool,
         typer.Option(
@@ -229,6 +262,7 @@ def train(
 
     from streamlens.errors import StreamlensError
     from streamlens.lab.data import load_dataset
+    from streamlens.lab.metrics import parse_metric
     from streamlens.lab.models import make_model
     from streamlens.lab.recording import chains, default_folder
     from streamlens.lab.seeding import seed_everything
@@ -258,18 +292,25 @@ def train(
         metadata={"subsample": subsample, "threads": threads, "torch": torch.__version__},
     )
     try:
+        texts = [*(["hessian_eigenvalues"] if hessian else []), *(metric or [])]
         streams = chains(
             trainer.lens,
             ratio=ratio,
             norm=norm,
             variance=variance,
+            histogram=histogram,
+            spectral_norm=spectral_norm,
+            health=health,
+            metrics=[parse_metric(text, trainer.fixed) for text in texts],
             emitted=[*measure, *(["learning_rate.action"] if schedule == "ratio" else [])],
             subsample=subsample,
             depth=depth,
+            epoch=len(trainer.loader),
         )
-    except StreamlensError as error:
+    except (StreamlensError, ValueError) as error:
         trainer.lens.close()
-        raise typer.BadParameter(str(error), param_hint="'--depth'") from None
+        wrong = "--metric" if isinstance(error, ValueError) else "--depth"
+        raise typer.BadParameter(str(error), param_hint=f"'{wrong}'") from None
     session = Session(
         trainer, out or default_folder(model, dataset), show=visualisation.value, verbose=verbose
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from reactivex import Observable
+from reactivex.operators import share
 
 import streamlens as sl
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
+from streamlens.lab.metrics import Metric
 from streamlens.sink import Sink
 
 __all__ = ["Recording", "chains", "default_folder"]
@@ -24,9 +26,14 @@ def chains(
     ratio: bool = False,
     norm: bool = False,
     variance: bool = False,
+    histogram: bool = False,
+    spectral_norm: bool = False,
+    health: bool = False,
+    metrics: Sequence[Metric] = (),
     emitted: Iterable[str] = (),
     subsample: int = 1,
     depth: int = -1,
+    epoch: int = 1,
 ) -> list[Observable[Frame]]:
     """The streams a run is recorded as.
 
@@ -37,16 +44,21 @@ def chains(
         ratio: The update-to-weight ratio of each layer.
         norm: The 2-norms of each layer's weights and of their gradients.
         variance: The variances of the same.
+        histogram: Histograms of the same.
+        spectral_norm: The spectral norm of each layer's weights.
+        health: The alerts of the default rules.
+        metrics: Further ones; one that is there already is not recorded twice.
         emitted: Topics that the trainer emits, such as `"test_accuracy"`; never subsampled.
         subsample: Watch the steps divisible by this number.
         depth: Which layers to watch: -1 the leaves, 0 the model, d the modules at depth d.
+        epoch: The steps of an epoch; metrics that evaluate the model are due as often.
 
     Returns:
         Streams, to be subscribed to sinks.
 
     Raises:
         LayerNotFoundError: There is nothing at that depth.
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or a metric cannot be had of this run.
     """
     due = lens.pipe(sl.every(subsample))
     watched = due.pipe(sl.layers(depth=depth))
@@ -54,10 +66,21 @@ def chains(
     streams = [loss, loss.pipe(sl.ema(0.9)), watched.pipe(sl.topic("learning_rate"))]
     if ratio:
         streams.append(watched.pipe(sl.uw_ratio()))
-    for wanted, reduction in ((norm, sl.norm), (variance, sl.var)):
+    for wanted, reduction in ((norm, sl.norm), (variance, sl.var), (histogram, sl.histogram)):
         if wanted:
             streams += [watched.pipe(reduction(topic)) for topic in ("weights", "weight_gradients")]
-    return streams + [lens.pipe(sl.topic(name)) for name in ("epoch_finished", *emitted)]
+    if spectral_norm:
+        streams.append(watched.pipe(sl.spectral_norm("weights"), share()))
+    if health:
+        streams.append(lens.pipe(sl.health(), share()))
+    streams += [lens.pipe(sl.topic(name)) for name in ("epoch_finished", *emitted)]
+    streams += [metric.of(lens, watched, epoch) for metric in metrics]
+    return list({_plan(stream): stream for stream in streams}.values())
+
+
+def _plan(stream: Observable[Frame]) -> object:
+    """What a stream computes; equal for equal streams of ours."""
+    return stream.plan_text if isinstance(stream, sl.Stream) else stream
 
 
 def default_folder(model: str, dataset: str, root: Path = Path("runs")) -> Path:

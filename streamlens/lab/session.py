@@ -68,7 +68,11 @@ class Session:
                 sinks.append(sl.sinks.Console(total=self.trainer.steps))
             for stream in streams:
                 for sink in sinks:
-                    stream.subscribe(sink)
+                    if isinstance(stream, sl.Stream):
+                        # Named, since chains with operators of reactivex cannot be told apart by their plan.
+                        stream.subscribe(sink, name=f"{stream.plan_text} in {type(sink).__name__}")
+                    else:
+                        stream.subscribe(sink)
             start = time.perf_counter()
             try:
                 self._train()

@@ -19,6 +19,7 @@ from streamlens.lab.optimizers import SCHEDULES, make_optimizer, make_schedule
 __all__ = ["EpochResult", "Trainer"]
 
 _EVALUATION_BATCH = 512
+_FIXED_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,17 @@ class Trainer:
     def steps(self) -> int:
         """Updates in the whole run."""
         return self.epochs * len(self.loader)
+
+    @property
+    def fixed(self) -> dict[str, object]:
+        """What metrics that evaluate the model by themselves ask for.
+
+        The criterion as `loss`, the first 256 training examples as `batch`, and the test set as `loader`.
+        """
+        batch = next(iter(make_loader(self.data.train, batch_size=_FIXED_BATCH, shuffle=False)))
+        images, labels = map(self._placed, batch)
+        loader = make_loader(self.data.test, batch_size=_EVALUATION_BATCH, shuffle=False)
+        return {"loss": self.criterion, "batch": (images, labels), "loader": loader}
 
     def fit(
         self,

@@ -100,6 +100,15 @@ class Layout:
         """Bytes of each tensor."""
         return tuple(getattr(torch, name).itemsize * math.prod(shape) for name, shape in self.tensors)
 
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the values are real numbers, one a layer, or one a layer and component."""
+        alone = ((), (len(self.components),)) if self.components else ((),)
+        return all(
+            (shape[1:] if self.stacked else shape) in alone and not name.startswith("complex")
+            for name, shape in self.tensors
+        )
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of one frame."""

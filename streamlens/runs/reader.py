@@ -154,6 +154,16 @@ class Run:
             layouts = self._layouts_of(self._topic(topic))
         return merge_orders(layout.layers for layout in layouts.values())
 
+    def holds_numbers(self, topic: str) -> bool:
+        """Whether all values of a topic are real numbers, one a layer, or one a layer and component.
+
+        Raises:
+            UnknownTopicError: The run has no such topic.
+        """
+        with self._reading():
+            layouts = self._layouts_of(self._topic(topic))
+        return all(layout.holds_numbers for layout in layouts.values())
+
     def dataframe(
         self,
         topic: str,

@@ -3,7 +3,9 @@
 from streamlens.views.accuracy import accuracies
 from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
+from streamlens.views.histogram import histogram
 from streamlens.views.loss import loss
+from streamlens.views.metric import metric
 from streamlens.views.norms import gradient_norms, weight_norms
 from streamlens.views.rates import learning_rate
 from streamlens.views.stack import stack
@@ -13,8 +15,10 @@ __all__ = [
     "accuracies",
     "gradient_norms",
     "hessian_eigenvalues",
+    "histogram",
     "learning_rate",
     "loss",
+    "metric",
     "stack",
     "themed",
     "update_to_weight_ratio",

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import altair as alt
-import numpy as np
 import pandas as pd
 
-from streamlens.views.heatmap import heatmap
-from streamlens.views.marks import LEGEND_LINES, Limits, chart_of_lines, nothing, value_axis
-from streamlens.views.series import draw_table, split
+from streamlens.views.marks import Limits
+from streamlens.views.metric import metric
 
 __all__ = ["gradient_norms", "weight_norms"]
-
-_FEWEST_POINTS = 40
-"""Where a line would have to do with fewer points, a heatmap of all layers shows more."""
 
 
 def gradient_norms(
@@ -69,22 +64,6 @@ def weight_norms(
 def _norms(
     rows: pd.DataFrame, title: str, layers: Sequence[str] | None, limits: Limits | None, max_points: int
 ) -> alt.LayerChart:
-    lines = [line for line in split(rows, order=layers) if len(line)]
-    if not lines:
-        return nothing(f"no {title} was recorded")
-    if max_points // len(lines) < min(_FEWEST_POINTS, max(map(len, lines))):
-        return heatmap(lines, title=f"{title} (2-norm)", limits=limits, max_cells=max_points)
-    values = np.concatenate([line.values for line in lines])
-    log = bool((values[np.isfinite(values)] > 0).any())
-    points, flags = draw_table(lines, max_points, log=log)
-    many = len(lines) > LEGEND_LINES
-    return chart_of_lines(
-        points,
-        flags,
-        names=[line.name for line in lines],
-        y=value_axis(f"{title} (first layer dark, last light)" if many else f"{title} (2-norm)", log=log),
-        limits=limits,
-        series_title="layer",
-        value_title=title,
-        height=240,
+    return metric(
+        rows, title=f"{title} (2-norm)", layers=layers, log=True, limits=limits, max_points=max_points
     )

@@ -16,6 +16,7 @@ from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.loss import loss
 from streamlens.views.marks import Limits
 from streamlens.views.norms import gradient_norms, weight_norms
+from streamlens.views.others import other_sections, shows
 from streamlens.views.rates import learning_rate
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ TOPICS: Final = (
     "hessian_eigenvalues",
     "epoch_finished",
 )
-"""The topics a page knows how to show."""
+"""The topics that have a chart of their own; any other that holds numbers is drawn plainly."""
 
 _MOST_POINTS: Final = 10_000
-"""Points in a page, in all: a browser redraws that many at once without a pause."""
+"""Points of the charts of these topics in a page: a browser redraws that many at once without a pause."""
+
+_MOST_OTHERS: Final = 8_000
+"""Points of all other charts."""
 
 _MOST_CELLS: Final = 4_500
 _PERCENT: Final = {
@@ -68,6 +72,9 @@ class ReadableRun(Protocol):
 
     def layers(self, topic: str) -> list[str]:
         """The layers of a topic, in model order."""
+
+    def holds_numbers(self, topic: str) -> bool:
+        """Whether the topic's values are numbers, one a layer and component."""
 
     def dataframe(self, topic: str, *, max_points: int | None = None) -> pd.DataFrame:
         """A topic as rows: step, micro_step, epoch, layer, value, wall_time."""
@@ -120,17 +127,24 @@ def read_models(run: ReadableRun) -> list[ModelRows]:
     Returns:
         The models in the order in which they were recorded; what has no model's name first.
     """
+    known = {topic.rpartition("/") for topic in run.topics}
+    names = {name for name, _, base in known if base in TOPICS or base.startswith(PREFIX)}
     models: dict[str, ModelRows] = {"": ModelRows("")}
     told: dict[str, dict[str, pd.DataFrame]] = {}
     for topic in run.topics:
-        # A name of the user's own may hold a slash too: only a known topic after it makes a model.
+        # A name of the user's own may hold a slash too: only one that stands before a known topic is a
+        # model's.
         name, _, base = topic.rpartition("/")
         if base.startswith(PREFIX):
             told.setdefault(name, {})[base] = _short(run.dataframe(topic), name)
+            continue
         if base.endswith(SUFFIX):
             steered = models.setdefault(name, ModelRows(name)).actions
             steered[base] = run.dataframe(topic, max_points=_MOST_READ)
-        if base not in TOPICS:
+            continue
+        if name not in names:
+            name, base = "", topic
+        if base not in TOPICS and not (shows(base) and run.holds_numbers(topic)):
             continue
         model = models.setdefault(name, ModelRows(name))
         rows = run.dataframe(topic, max_points=_MOST_READ)
@@ -154,14 +168,28 @@ def _shorter(layer: str, name: str) -> str:
 
 
 def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[Section]:
-    """The sections of a page, at most about 10,000 points in all of them together.
+    """The sections of a page, at most about 18,000 points in all of them together.
 
     Args:
         models: What `read_models` returned.
         limits: The first and last step of every chart's axis.
     """
     share = _MOST_POINTS // max(1, len(models))
-    return [section for model in models for section in _of_model(model, limits, share)]
+    others = _MOST_OTHERS // max(1, len(models))
+    return [
+        section
+        for model in models
+        for section in [*_of_model(model, limits, share), *_others(model, limits, others)]
+    ]
+
+
+def _others(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:
+    rows = {topic: table for topic, table in model.rows.items() if topic not in TOPICS and len(table)}
+    made = other_sections(rows, model.layers, limits=limits, max_points=budget)
+    return [
+        Section(key, model.name, title, reading, with_marks(chart, model.alerts, limits))
+        for key, title, reading, chart in made
+    ]
 
 
 def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:

@@ -60,6 +60,9 @@ class FakeRun:
     def layers(self, topic: str) -> list[str]:
         return list(dict.fromkeys(self._tables[topic]["layer"].tolist()))
 
+    def holds_numbers(self, topic: str) -> bool:
+        return self._tables[topic]["value"].dtype != object
+
     def dataframe(self, topic: str, *, max_points: int | None = None) -> pd.DataFrame:
         del max_points
         return self._tables[topic]

@@ -115,7 +115,7 @@ def test_absent_topics_have_no_section_but_a_note_on_how_to_record_them(tmp_path
     assert not any("observe(" in how for how in page.texts["code"])
 
 
-@pytest.mark.parametrize("data", [{}, {"loss": rows({"": []})}, {"unknown": rows({"": [1.0]})}])
+@pytest.mark.parametrize("data", [{}, {"loss": rows({"": []})}, {"batch_started": rows({"": [1.0]})}])
 def test_a_run_with_nothing_to_show_gives_a_page_that_says_so(
     tmp_path: Path, data: dict[str, pd.DataFrame]
 ) -> None:
