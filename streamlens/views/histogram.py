@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import altair as alt
@@ -78,22 +78,7 @@ def histogram(
     table["to"] = [kept[i][1] for i in table["bin"]]
     labels = {i: _label(low) for i, (low, _) in enumerate(kept)} | {len(kept): _label(kept[-1][1])}
     shown = _thinned([edge for edge, _ in kept] + [kept[-1][1]])
-    y = alt.Y(
-        "bin:Q",
-        title=values,
-        axis=alt.Axis(
-            values=shown,
-            labelExpr=f"{json.dumps({str(i): labels[i] for i in shown})}[datum.value]",
-            grid=False,
-            titleAngle=0,
-            titleAlign="left",
-            titleAnchor="end",
-            titleBaseline="bottom",
-            titleX=0,
-            titleY=-8,
-        ),
-        scale=alt.Scale(domain=[0, len(kept)], nice=False, zero=False),
-    )
+    y = _bin_axis(values, {place: labels[place] for place in shown}, len(kept))
     color = alt.Color(
         "share:Q",
         scale=alt.Scale(type="sqrt", range="heatmap", domainMin=0, interpolate="lab"),
@@ -114,6 +99,26 @@ def histogram(
     if len(marks):
         layers.append(flag_marks(marks, limits, "count"))
     return layered(layers, interactive=0)
+
+
+def _bin_axis(title: str, labels: Mapping[int, str], bins: int) -> alt.Y:
+    """The axis of bins, labelled at some of their edges."""
+    return alt.Y(
+        "bin:Q",
+        title=title,
+        axis=alt.Axis(
+            values=list(labels),
+            labelExpr=f"{json.dumps({str(place): label for place, label in labels.items()})}[datum.value]",
+            grid=False,
+            titleAngle=0,
+            titleAlign="left",
+            titleAnchor="end",
+            titleBaseline="bottom",
+            titleX=0,
+            titleY=-8,
+        ),
+        scale=alt.Scale(domain=[0, bins], nice=False, zero=False),
+    )
 
 
 def _components(rows: pd.DataFrame) -> tuple[str, ...]:
