@@ -19,16 +19,16 @@ import numpy as np
 
 from streamlens.errors import RunStoreError, UnknownTopicError, did_you_mean
 from streamlens.frame import Frame
-from streamlens.runs.codec import Layout, checksum, decode_frame
+from streamlens.runs.codec import Layout, decode_frame
 from streamlens.runs.downsample import MIN_POINTS
 from streamlens.runs.schema import explain, open_for_reading, untext
 from streamlens.runs.selection import Steps, select_layers, step_condition
-from streamlens.runs.tidy import StoredFrame, merge_orders, tidy
+from streamlens.runs.tidy import checked_row, merge_orders, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Reading", "Run", "RunRecord", "checked_row", "list_runs", "read_run"]
+__all__ = ["Reading", "Run", "RunRecord", "list_runs", "read_run"]
 
 _LAYOUTS: Final = (
     "SELECT layout, kind, source, l.names, c.names, stacked, tensors FROM layouts "
@@ -392,16 +392,3 @@ def _pick(
     raise RunStoreError(
         f"no run {run!r} in {path}: pass an id or a position among its {len(records)} runs: {known}"
     )
-
-
-def checked_row(row: Sequence[Any], topic: str, layouts: Mapping[int, Layout]) -> StoredFrame:
-    """The row, if it is what was written: no wrong number is ever returned."""
-    step, micro_step, sequence, epoch, wall_time, layout, meta, data, stored = row
-    if (
-        not isinstance(data, bytes)
-        or checksum(step, micro_step, sequence, epoch, wall_time, layout, meta, data) != stored
-        or layout not in layouts
-        or len(data) != layouts[layout].nbytes
-    ):
-        raise ValueError(f"the frame of {topic!r} at step {step} is not what was written")
-    return step, micro_step, epoch, wall_time, layout, meta, data

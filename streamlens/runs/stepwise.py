@@ -11,7 +11,8 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.runs.codec import Layout, decode_frame
-from streamlens.runs.reader import Run, checked_row
+from streamlens.runs.reader import Run
+from streamlens.runs.tidy import checked_row
 
 __all__ = ["Stored", "first_step", "layouts_of", "stepwise"]
 

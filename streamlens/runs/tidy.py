@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from streamlens.runs.codec import Layout, array_of
+from streamlens.runs.codec import Layout, array_of, checksum
 from streamlens.runs.downsample import extremes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["StoredFrame", "merge_orders", "tidy"]
+__all__ = ["StoredFrame", "checked_row", "merge_orders", "tidy"]
 
 StoredFrame: TypeAlias = tuple[int, int, int, float, int, str | None, bytes]
 """A row of the store: step, micro_step, epoch, wall_time, layout, meta, data."""
@@ -211,3 +211,16 @@ def _meta_columns(metas: Sequence[str | None]) -> dict[str, list[Any]]:
             for key, entry in json.loads(meta).items():
                 columns.setdefault(key, [None] * len(metas))[i] = entry
     return columns
+
+
+def checked_row(row: Sequence[Any], topic: str, layouts: Mapping[int, Layout]) -> StoredFrame:
+    """The row, if it is what was written: no wrong number is ever returned."""
+    step, micro_step, sequence, epoch, wall_time, layout, meta, data, stored = row
+    if (
+        not isinstance(data, bytes)
+        or checksum(step, micro_step, sequence, epoch, wall_time, layout, meta, data) != stored
+        or layout not in layouts
+        or len(data) != layouts[layout].nbytes
+    ):
+        raise ValueError(f"the frame of {topic!r} at step {step} is not what was written")
+    return step, micro_step, epoch, wall_time, layout, meta, data
