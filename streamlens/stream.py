@@ -226,6 +226,8 @@ class _Terminal:
         if isinstance(on_next, type) and issubclass(on_next, abc.ObserverBase):
             name = on_next.__name__
             raise TypeError(f"subscribe() was given the class {name}: make one, {name}(...), and pass that")
+        # Only sinks are kept silent on the ranks that do not write: controllers decide on all of them.
+        writes = isinstance(on_next, Sink)
         if isinstance(on_next, Sink):
             chain.ends_in = type(on_next).__name__
             self._proxy = runtime.delivery.connect(on_next, chain.key)
@@ -236,9 +238,7 @@ class _Terminal:
         if hasattr(on_next, "on_next"):
             if self._proxy is None:
                 chain.ends_in = type(on_next).__name__
-            self._on_next: Callable[[Frame], None] | None = (
-                on_next.on_next if self._proxy is None else self._write
-            )
+            self._on_next: Callable[[Frame], None] | None = self._write if writes else on_next.on_next
             self._on_error: Callable[[Exception], None] | None = on_next.on_error
             self._on_completed: Callable[[], None] | None = on_next.on_completed
         else:
