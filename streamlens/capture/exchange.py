@@ -135,8 +135,14 @@ class Settling:
         self._later: list[tuple[Partial, Callable[[], None]]] = []
 
     def later(self, partial: Partial, emit: Callable[[], None]) -> None:
-        """Merge what was computed of parts at the update, and call `emit` then, which makes frames of it."""
-        self._later.append((partial, emit))
+        """Merge what was computed of parts at the update, and call `emit` then, which makes frames of it.
+
+        Where nobody else trains there is nothing to wait for.
+        """
+        if self._engine.exchange.active:
+            self._later.append((partial, emit))
+        else:
+            emit()
 
     def now(self, partials: Sequence[Partial] = ()) -> None:
         """Merge with other processes, at an update: what is given, and what has waited for it."""
