@@ -26,6 +26,7 @@ def metric(
     rows: pd.DataFrame,
     *,
     title: str,
+    value_title: str = "value",
     layers: Sequence[str] | None = None,
     log: bool | None = None,
     limits: Limits | None = None,
@@ -41,6 +42,7 @@ def metric(
     Args:
         rows: Any topic that holds numbers.
         title: What the values are, with their unit.
+        value_title: What a value is called where it is pointed at.
         layers: The layers in model order; by default in order of appearance.
         log: Whether the value axis is logarithmic; by default where all finite values are above zero and
             span more than a decade and a half.
@@ -75,7 +77,7 @@ def metric(
         y=value_axis(f"{title} (first dark, last light)" if many else title, log=log),
         limits=limits,
         series_title="layer",
-        value_title="value",
+        value_title=value_title,
         with_points=max(map(len, lines)) <= _FEWEST_POINTS,
         height=240,
     )

@@ -65,5 +65,11 @@ def _norms(
     rows: pd.DataFrame, title: str, layers: Sequence[str] | None, limits: Limits | None, max_points: int
 ) -> alt.LayerChart:
     return metric(
-        rows, title=f"{title} (2-norm)", layers=layers, log=True, limits=limits, max_points=max_points
+        rows,
+        title=f"{title} (2-norm)",
+        value_title=title,
+        layers=layers,
+        log=True,
+        limits=limits,
+        max_points=max_points,
     )
