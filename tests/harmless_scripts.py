@@ -103,6 +103,7 @@ class Discards(Sink):
 
 def everything(steps: int) -> dict[str, Any]:
     """Every shipped operator and a run store, for many steps; what remains, meanwhile and after."""
+    others = set(threading.enumerate())
     model = small_model()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -142,7 +143,7 @@ def everything(steps: int) -> dict[str, Any]:
         "objects": objects,
         "failures": failures,
         "alive": [str(type(o)) for reference in found if (o := reference()) is not None],
-        "threads": [t.name for t in threading.enumerate() if t is not threading.main_thread()],
+        "threads": [t.name for t in threading.enumerate() if t not in others],
     }
 
 
