@@ -27,6 +27,7 @@ __all__ = [
     "describe",
     "dump_json",
     "encode_values",
+    "frame_of",
     "specs_of",
 ]
 
@@ -185,11 +186,25 @@ def decode_frame(
     for (name, shape), size in zip(layout.tensors, layout.sizes, strict=True):
         tensors.append(_tensor(name, shape, data[start : start + size]))
         start += size
+    values = tensors[0] if layout.stacked else tuple(tensors)
+    return frame_of(layout, topic, step, micro_step, epoch, meta, values)
+
+
+def frame_of(
+    layout: Layout,
+    topic: str,
+    step: int,
+    micro_step: int,
+    epoch: int,
+    meta: str | None,
+    values: Tensor | tuple[Tensor, ...],
+) -> Frame:
+    """The frame that a layout and a row describe, with values that are decoded already."""
     return Frame(
         topic,
         step,
         layout.layers,
-        tensors[0] if layout.stacked else tuple(tensors),
+        values,
         epoch=epoch,
         micro_step=micro_step,
         components=layout.components,

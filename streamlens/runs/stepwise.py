@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamlens.frame import Frame
-from streamlens.runs.codec import Layout, decode_frame
+from streamlens.runs.codec import Layout, decode_frame, frame_of
 from streamlens.runs.reader import Run
 from streamlens.runs.tidy import checked_row
 
@@ -97,18 +96,7 @@ def _decoded(
             if together is None:
                 frame = decode_frame(layout, topic, step, micro_step, epoch, meta, data)
             else:
-                frame = Frame(
-                    topic,
-                    step,
-                    layout.layers,
-                    together[i],
-                    epoch=epoch,
-                    micro_step=micro_step,
-                    components=layout.components,
-                    meta=json.loads(meta) if meta else None,
-                    kind=layout.kind,
-                    source=layout.source,
-                )
+                frame = frame_of(layout, topic, step, micro_step, epoch, meta, together[i])
             out[place] = (frame, wall_time)
     return out
 
