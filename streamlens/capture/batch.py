@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Final, cast
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
 
-__all__ = ["BatchCapture", "note_part"]
+__all__ = ["BatchCapture", "note_part", "reduced_frame"]
 
 _MODEL: Final = ("",)
 _GIVEN: Final = frozenset({"input_data", "input_labels"})
@@ -52,6 +52,40 @@ def note_part(engine: Engine, table: Table, key: Hashable, tensor: Tensor, *, gi
         return
     if part.parts > 1:
         table.parts[key] = part
+
+
+def reduced_frame(
+    engine: Engine,
+    topic: str,
+    table: Table,
+    reduction: Reduction,
+    keys: tuple[str, ...],
+    micro_step: int | None = None,
+    interned: Callable[[tuple[str, ...]], tuple[str, ...]] = tuple,
+) -> Frame | None:
+    """What one pass has of a reduction, as a frame; None if no layer has it, or if it fails.
+
+    Args:
+        engine: The engine.
+        topic: What was reduced.
+        table: Where it was measured.
+        reduction: The reduction.
+        keys: The layers wanted.
+        micro_step: Whose it is; that of the open one unless given.
+        interned: Gives equal names as one object.
+    """
+    name = f"{topic}.{reduction.name}"
+    found = engine.attempt(name, table.finish, reduction, keys)
+    if found is None:
+        return None
+    return engine.frame(
+        name,
+        interned(cast("tuple[str, ...]", found[0])),
+        found[1],
+        kind=Kind.MICRO_STEP,
+        components=reduction.components,
+        micro_step=micro_step,
+    )
 
 
 class BatchCapture:
@@ -111,20 +145,10 @@ class BatchCapture:
         found: dict[Reduction | None, list[Demand]],
         micro_step: int | None = None,
     ) -> None:
-        engine = self._engine
         frames: list[tuple[Sequence[Demand], Frame]] = []
         for reduction, demands in found.items():
             assert reduction is not None
-            name = f"{topic}.{reduction.name}"
-            reduced = engine.attempt(name, table.finish, reduction, layers)
-            if reduced is not None:
-                frame = engine.frame(
-                    name,
-                    layers,
-                    reduced[1],
-                    kind=Kind.MICRO_STEP,
-                    components=reduction.components,
-                    micro_step=micro_step,
-                )
+            frame = reduced_frame(self._engine, topic, table, reduction, layers, micro_step)
+            if frame is not None:
                 frames.append((demands, frame))
-        engine.post_frames(frames)
+        self._engine.post_frames(frames)

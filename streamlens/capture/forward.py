@@ -9,13 +9,13 @@ whole backward has run, on the thread that called it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from streamlens.capture.batch import note_part
+from streamlens.capture.batch import note_part, reduced_frame
 from streamlens.capture.exchange import Partial
 from streamlens.capture.hooks import first_tensor
 from streamlens.capture.interned import Interned
@@ -289,25 +289,15 @@ class ForwardCapture:
         micro_step: int | None = None,
     ) -> list[tuple[Sequence[Demand], Frame]]:
         """The frames of what was reduced."""
-        engine = self._engine
         frames: list[tuple[Sequence[Demand], Frame]] = []
         for output, keys in outputs:
             reduction = output.reduction
             assert reduction is not None
-            name = f"{output.topic}.{reduction.name}"
-            found = engine.attempt(name, table.finish, reduction, keys)
-            if found is None:
-                continue
-            layers = self._interned(cast("tuple[str, ...]", found[0]))
-            frame = engine.frame(
-                name,
-                layers,
-                found[1],
-                kind=Kind.MICRO_STEP,
-                components=reduction.components,
-                micro_step=micro_step,
+            frame = reduced_frame(
+                self._engine, output.topic, table, reduction, keys, micro_step, self._interned
             )
-            frames.append((output.demands, frame))
+            if frame is not None:
+                frames.append((output.demands, frame))
         return frames
 
     def _raw_frame(self, topic: str, keys: tuple[str, ...], side: _Side, lease: Lease) -> Frame | None:
