@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import streamlens as sl
 from streamlens.lab._registry import lookup
 from streamlens.lab.data import ImageDataset, make_loader
 from streamlens.lab.optimizers import SCHEDULES, make_optimizer, make_schedule
+from streamlens.operators._model import evaluating, undisturbed
 
 __all__ = ["EpochResult", "Trainer"]
 
@@ -165,10 +165,10 @@ class Trainer:
 
     def accuracy(self, split: TensorDataset) -> float:
         """The share of images classified rightly, in evaluation mode and unseen by the lens."""
-        with self.lens.paused(), _evaluating(self.model), torch.no_grad():
+        with self.lens.paused(), undisturbed(self.model), evaluating(self.model) as model:
             right = torch.zeros((), dtype=torch.long)
             for images, labels in make_loader(split, batch_size=_EVALUATION_BATCH, shuffle=False):
-                predicted = self.model(self._placed(images)).argmax(dim=1)
+                predicted = model(self._placed(images)).argmax(dim=1)
                 right += (predicted.cpu() == labels).sum()
         return right.item() / len(split)
 
@@ -181,15 +181,3 @@ class Trainer:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.model.parameters()).device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards each module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
