@@ -13,7 +13,8 @@ from torch import Tensor
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import OperatorNode
-from streamlens.operators._tensors import Due, at_every_step, check_whole, copies, dense, merged, tensors_of
+from streamlens.operators._merge import merged
+from streamlens.operators._tensors import Due, at_every_step, check_whole, copies, dense, tensors_of
 from streamlens.runtime import Runtime
 from streamlens.stream import Stream
 
@@ -120,4 +121,4 @@ def following(
 ) -> Stream:
     """A stream's gradients through a state: at every step on a lens, whatever its cadence."""
     stream, due, front = at_every_step(tensors_of(source, topic, operator))
-    return stateful(merged([stream], front), lambda: make(stream.runtime, due), plan)
+    return stateful(merged(stream, [stream], front), lambda: make(stream.runtime, due), plan)

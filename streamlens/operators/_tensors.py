@@ -8,18 +8,16 @@ from typing import Final, TypeAlias
 
 import torch
 from reactivex import Observable, abc
-from reactivex.disposable import CompositeDisposable, SerialDisposable
-from reactivex.subject import Subject
+from reactivex.disposable import SerialDisposable
 from torch import Tensor
 
 from streamlens.errors import StreamlensError, did_you_mean
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.operators._base import check_topics, checked_source, widened
-from streamlens.operators._wiring import connect, hub_under_way, stand_in
 from streamlens.operators.selection import topic as select
-from streamlens.reductions import chunks_of, double_where_known
-from streamlens.stream import Operator, Stream, as_stream
+from streamlens.reductions import TINY, chunks_of, double_where_known
+from streamlens.stream import Stream
 
 __all__ = [
     "PARAMETERS",
@@ -31,9 +29,7 @@ __all__ = [
     "dense",
     "dots",
     "first_step",
-    "merged",
     "pieces_of",
-    "side_by_side",
     "tensors_of",
     "wide",
 ]
@@ -117,73 +113,6 @@ def at_every_step(stream: Stream, history: int | None = None) -> tuple[Stream, D
     return Lens(stream.source, stream.session, replace(view, every=1, start=start)), view.due, stream.plan
 
 
-def merged(streams: Sequence[Stream], plan: tuple[str, ...]) -> Stream:
-    """The frames of several streams of one source in the order in which they come.
-
-    Args:
-        streams: One or more; the result is of the first one's lens.
-        plan: What stands in front of the operator that follows.
-    """
-
-    def subscribe(
-        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
-    ) -> abc.DisposableBase:
-        running = len(streams)
-
-        def on_completed() -> None:
-            nonlocal running
-            running -= 1
-            if not running:
-                observer.on_completed()
-
-        return CompositeDisposable(
-            *(
-                s.subscribe(observer.on_next, observer.on_error, on_completed, scheduler=scheduler)
-                for s in streams
-            )
-        )
-
-    stream = streams[0].then(subscribe, "", raw=all(s.raw for s in streams))
-    stream.plan = plan
-    stream.kind = streams[0].kind if len({s.kind for s in streams}) == 1 else None
-    return stream
-
-
-def side_by_side(source: Observable[Frame], operators: Sequence[Operator], plan: str) -> Stream:
-    """The results of several operators of one source, which is subscribed once unless it is a lens.
-
-    Args:
-        source: What each operator is applied to.
-        operators: Two or more.
-        plan: How they show together.
-    """
-    front = source if isinstance(source, Lens) else checked_source(source)
-    shared = None if isinstance(front, Lens) else front
-    base = front if shared is None else stand_in(shared)
-    branches = [as_stream(operator(base)) for operator in operators]
-    result = merged(branches, (*front.plan, plan))
-    if shared is None:
-        return result
-
-    def subscribe(
-        observer: abc.ObserverBase[Frame], scheduler: abc.SchedulerBase | None = None
-    ) -> abc.DisposableBase:
-        hub: Subject[Frame] = Subject()
-        group = CompositeDisposable()
-        start = connect(shared, hub, group, scheduler)
-        token = hub_under_way.set(hub)
-        try:
-            group.add(result.subscribe(observer, scheduler=scheduler))
-        finally:
-            hub_under_way.reset(token)
-        start()
-        return group
-
-    stream = front.then(subscribe, plan)
-    stream.kind = result.kind
-    return stream
-
-
 def first_step(source: Stream) -> Stream:
     """The frames of the first step that gives any; what follows is asked for no longer."""
 
@@ -239,10 +168,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(double_where_known(tensor.device))
 
 
-_LEAST: Final = 1e-30
-"""A float32 dot product below this may have lost terms to underflow."""
-
-
 def dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Dot products of pairs of dense tensors of equal shapes, in float64 where there is any."""
     return torch.stack([_dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)])
@@ -254,7 +179,7 @@ def _dot(x: Tensor, y: Tensor, *, pieces: int = 1 << 18) -> Tensor:
     total = 0.0
     for a, b in zip(x.split(pieces), y.split(pieces), strict=True):
         part = float(torch.dot(a, b))
-        if not _LEAST < abs(part) < float("inf"):
+        if not TINY < abs(part) < float("inf"):
             # The products may be out of float32's range where their operands are not.
             part = float(torch.dot(wide(a), wide(b)))
         total += part

@@ -254,7 +254,8 @@ def subscribe_inputs(
     """
     hub: Subject[Frame] = Subject()
     start = connect(wiring.shared, hub, group, scheduler)
-    token = hub_under_way.set(hub)
+    # Inputs with streams of their own may be of one that stands in for what another join has in front.
+    token = hub_under_way.set(hub_under_way.get() if wiring.shared is None else hub)
     try:
         for i, stream in enumerate(wiring.inputs):
             group.add(stream.subscribe(receive(i), on_error, complete(i), scheduler=scheduler))

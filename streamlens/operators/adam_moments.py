@@ -13,12 +13,13 @@ from streamlens.frame import Frame
 from streamlens.nodes import Emitted
 from streamlens.operators._base import relabelled
 from streamlens.operators._gradients import GradientState, following
+from streamlens.operators._merge import merged
 from streamlens.operators._summaries import STATISTICS, check_statistics, summaries
-from streamlens.operators._tensors import PARAMETERS, Due, check_of, side_by_side, wide
+from streamlens.operators._tensors import PARAMETERS, Due, check_of, wide
 from streamlens.operators.effective_lr import effective_lr
 from streamlens.operators.selection import where
 from streamlens.runtime import Runtime
-from streamlens.stream import Operator
+from streamlens.stream import Operator, as_stream
 
 __all__ = ["adam_moments"]
 
@@ -94,7 +95,7 @@ def adam_moments(
         return where(_is_of_the_twenty)(found)
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
-        return side_by_side(source, (moments, rates), plan)
+        return merged(source, (moments, rates), (*as_stream(source).plan, plan))
 
     return apply
 

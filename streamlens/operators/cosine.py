@@ -14,6 +14,7 @@ from torch import Tensor
 from streamlens.frame import Frame, Kind
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import OperatorNode, TopicKey, check_topics, relabelled
+from streamlens.operators._merge import merged
 from streamlens.operators._reductions import Norm, reduce_values
 from streamlens.operators._tensors import (
     Due,
@@ -22,7 +23,6 @@ from streamlens.operators._tensors import (
     copies,
     dense,
     dots,
-    merged,
     tensors_of,
     wide,
 )
@@ -82,7 +82,7 @@ def cosine(a: str | None = None, b: str | None = None) -> Operator:
     def apply(source: Observable[Frame]) -> Observable[Frame]:
         stream, due, plan = at_every_step(tensors_of(source, a, "cosine"), history=1)
         return stateful(
-            merged([stream], plan), lambda: _ToPrevious(stream.runtime, due), "cosine()", raw=False
+            merged(stream, [stream], plan), lambda: _ToPrevious(stream.runtime, due), "cosine()", raw=False
         )
 
     return apply

@@ -16,6 +16,7 @@ from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import OperatorNode, TopicKey, relabelled
+from streamlens.operators._merge import merged
 from streamlens.operators._reductions import Norm, reduce_values
 from streamlens.operators._tensors import (
     PARAMETERS,
@@ -23,7 +24,6 @@ from streamlens.operators._tensors import (
     copies,
     dense,
     first_step,
-    merged,
     tensors_of,
 )
 from streamlens.operators.ratio import divided
@@ -70,7 +70,7 @@ def distance_from_start(topic: str | None = "weights", *, relative: bool = False
         inputs = [stream] if updates is None else [stream, first_step(updates)]
         updates_topic = "" if updates is None else updates.topics[0]
         return stateful(
-            merged(inputs, stream.plan),
+            merged(stream, inputs, stream.plan),
             lambda: _Distance(stream.runtime, updates_topic, bool(relative)),
             operator,
             marks=True,

@@ -15,10 +15,10 @@ from streamlens.nodes import Emitted, frame_operator
 from streamlens.operators._base import relabelled
 from streamlens.operators._batches import Forward, Loader
 from streamlens.operators._evaluation import score
+from streamlens.operators._merge import merged
 from streamlens.operators._model import FindModel, ModelNode, check_every, due_per_epoch, on_model
 from streamlens.operators._scoring import Metric, Scoring, share_of
 from streamlens.operators._tallies import LABELS, OUTPUT, TALLY, training_tallies
-from streamlens.operators._tensors import merged, side_by_side
 from streamlens.stream import Operator, Stream, as_stream
 
 __all__ = ["generalisation_gap"]
@@ -103,11 +103,11 @@ def _with_tallies(source: Observable[Frame], scoring: Scoring, every: int | None
             return due_per_epoch(kept, every)
 
         tallied = [lambda plain: training_tallies(plain, scoring), others]
-        return side_by_side(source, tallied, "training batches")
+        return merged(source, tallied, (*as_stream(source).plan, "training batches"))
     when = as_stream(due_per_epoch(source, every))
     whole = replace(lens.view, topics=(), selectors=(), reduction=None, every=1)
     tallies = training_tallies(Lens(lens.engine, lens.session, whole), scoring)
-    return merged([tallies, when], when.plan)
+    return merged(tallies, [tallies, when], when.plan)
 
 
 class _Gap(ModelNode):

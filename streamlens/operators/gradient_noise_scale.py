@@ -17,7 +17,8 @@ from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, stateful
 from streamlens.operators._base import OperatorNode, checked_source, relabelled
-from streamlens.operators._tensors import check_whole, copies, dense, dots, merged, tensors_of
+from streamlens.operators._merge import merged
+from streamlens.operators._tensors import check_whole, copies, dense, dots, tensors_of
 from streamlens.operators.selection import topic as select
 from streamlens.stream import Operator, Stream
 
@@ -105,7 +106,7 @@ def _inputs(source: Observable[Frame], sizes: bool, ranks: bool) -> Stream:
         # A selection of layers is of the gradients: the batch belongs to none.
         view = replace(source.view, topics=(), selectors=())
         streams.append(checked_source(select(_INPUT)(Lens(source.source, source.session, view))))
-    return merged(streams, source.plan)
+    return merged(streams[0], streams, source.plan)
 
 
 @dataclass
