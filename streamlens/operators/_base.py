@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from reactivex import Observable
@@ -25,6 +25,8 @@ __all__ = [
     "frame_from_state",
     "frame_state",
     "holds_kept_values",
+    "is_number",
+    "is_whole",
     "layers_of",
     "modules_of",
     "own",
@@ -35,6 +37,16 @@ __all__ = [
 
 TopicKey: TypeAlias = tuple[str, str]
 """State is kept apart by (source, topic): one stream may carry several topics of several models."""
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether an argument is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an argument is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def checked_source(source: Observable[Frame]) -> Stream:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from streamlens.errors import StreamlensError
 from streamlens.layers import LayerSelector
+from streamlens.operators._base import is_whole
 from streamlens.operators._batches import called, examples_in, map_tensors, moved
 from streamlens.operators._isolated import (
     isolated_copy,
@@ -243,7 +244,7 @@ def loss_surface(
     globs = [parameters] if isinstance(parameters, str) else [] if parameters is None else parameters
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"{operator}(parameters={parameters!r}): names or globs such as 'head.*'")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if not is_whole(seed) or seed < 0:
         raise ValueError(f"{operator}(seed={seed!r}): a whole number from 0 on")
     pairs = tuple(cast("Batch", tuple(entry)) for entry in given if entry is not None)
     return LossSurface(operator, loss, pairs, mode, LayerSelector(globs=tuple(globs)), seed)

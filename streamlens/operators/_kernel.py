@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
-from streamlens.operators._base import OperatorNode, TopicKey, relabelled
+from streamlens.operators._base import OperatorNode, TopicKey, is_number, relabelled
 from streamlens.operators._rows import Rows, reduce_rows
 from streamlens.runtime import Runtime
 
@@ -31,7 +31,7 @@ def check_sigma(operator: str, sigma: object) -> float:
     Raises:
         ValueError: It is not a positive number.
     """
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
+    if not is_number(sigma) or not 0 < sigma < math.inf:
         raise ValueError(f"{operator}({sigma!r}): sigma is a positive number of steps, such as {operator}(5)")
     return float(sigma)
 

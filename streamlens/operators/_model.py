@@ -26,7 +26,7 @@ from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, stateful
-from streamlens.operators._base import OperatorNode
+from streamlens.operators._base import OperatorNode, is_whole
 from streamlens.operators._isolated import unwrapped
 from streamlens.operators.selection import every as keep_every
 from streamlens.stream import Stream, as_stream
@@ -133,7 +133,7 @@ def check_every(operator: str, every: int | None) -> None:
     Raises:
         ValueError: It is something else.
     """
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    if every is not None and (not is_whole(every) or every < 1):
         raise ValueError(f"{operator}(every={every!r}): a number of steps from 1 on, or None")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamlens.capture.hooks import first_tensor
 from streamlens.errors import StreamlensError
+from streamlens.operators._base import is_number, is_whole
 from streamlens.operators._tensors import wide
 
 __all__ = ["Guess", "Metric", "Scoring", "share_of"]
@@ -50,11 +51,11 @@ class Scoring:
 
     def __post_init__(self) -> None:
         name = self.operator
-        if self.class_dim is not None and not _is_whole(self.class_dim):
+        if self.class_dim is not None and not is_whole(self.class_dim):
             raise ValueError(f"{name}(class_dim={self.class_dim!r}): the dimension that counts the classes")
-        if not _is_whole(self.ignore_index):
+        if not is_whole(self.ignore_index):
             raise ValueError(f"{name}(ignore_index={self.ignore_index!r}): a label, such as -100")
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        number = is_number(self.threshold)
         if self.threshold is not None and not (number and math.isfinite(self.threshold)):
             raise ValueError(f"{name}(threshold={self.threshold!r}): a number: 0 for logits, 0.5 for shares")
         if self.metric is not None and not callable(self.metric):
@@ -155,7 +156,3 @@ class Scoring:
 def _largest(values: Tensor, dim: int) -> Tensor:
     largest = values.detach().max(dim=dim)
     return torch.where(largest.values.isnan(), _NOTHING, largest.indices)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

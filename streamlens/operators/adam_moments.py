@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
-from streamlens.operators._base import relabelled
+from streamlens.operators._base import is_number, relabelled
 from streamlens.operators._gradients import GradientState, following
 from streamlens.operators._merge import merged
 from streamlens.operators._summaries import STATISTICS, check_statistics, summaries
@@ -74,7 +74,7 @@ def adam_moments(
         StreamlensError: When applied: the stream carries numbers and not tensors.
     """
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        number = isinstance(beta, int | float) and not isinstance(beta, bool)
+        number = is_number(beta)
         if not number or not 0 <= beta < 1:
             raise ValueError(f"adam_moments({name}={beta!r}): a decay from 0 to below 1, such as 0.9")
     if isinstance(statistics, str):

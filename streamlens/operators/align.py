@@ -10,6 +10,7 @@ from reactivex import Observable
 from torch import Tensor
 
 from streamlens.frame import Frame
+from streamlens.operators._base import is_whole
 from streamlens.operators._wiring import JoinSource, joined
 from streamlens.stream import Operator
 
@@ -196,5 +197,5 @@ def _check(operator: str, sources: Sequence[object], lateness: object) -> None:
     for source in sources:
         if not source or not (isinstance(source, str | Observable) or callable(source)):
             raise TypeError(f"{operator}() takes topics, streams and operators, got {source!r}")
-    if isinstance(lateness, bool) or not isinstance(lateness, int) or lateness < 0:
+    if not is_whole(lateness) or lateness < 0:
         raise ValueError(f"{operator}(allowed_lateness={lateness!r}): a number of steps from 0 on")

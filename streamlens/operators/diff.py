@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import stateful
-from streamlens.operators._base import checked_source
+from streamlens.operators._base import checked_source, is_whole
 from streamlens.operators._recurrence import RecurrenceNode
 from streamlens.stream import Operator
 
@@ -60,7 +60,7 @@ def diff(lag: int = 1) -> Operator:
     Raises:
         ValueError: The lag is not a positive integer.
     """
-    if isinstance(lag, bool) or not isinstance(lag, int) or lag < 1:
+    if not is_whole(lag) or lag < 1:
         raise ValueError(f"diff(lag={lag!r}): the lag is a positive number of frames")
     suffix = "diff" if lag == 1 else f"diff{lag}"
 

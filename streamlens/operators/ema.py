@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import stateful
-from streamlens.operators._base import checked_source
+from streamlens.operators._base import checked_source, is_number
 from streamlens.operators._recurrence import Recurrence, RecurrenceNode
 from streamlens.stream import Operator
 
@@ -105,12 +105,12 @@ def ema(
 
 def _checked_decay(decay: float | None, half_life: float | None) -> float:
     if decay is not None and half_life is None:
-        if not _is_number(decay) or not 0 < decay < 1:
+        if not is_number(decay) or not 0 < decay < 1:
             raise ValueError(f"ema({decay!r}): the decay lies between 0 and 1, both excluded, such as 0.9")
         return float(decay)
     if half_life is None or decay is not None:
         raise TypeError("ema() needs either a decay, such as ema(0.9), or a half_life in frames")
-    if not _is_number(half_life) or not 0 < half_life < math.inf:
+    if not is_number(half_life) or not 0 < half_life < math.inf:
         raise ValueError(f"ema(half_life={half_life!r}): the half-life is a positive number of frames")
     rate = 0.5 ** (1.0 / half_life)
     if not 0 < rate < 1:
@@ -118,7 +118,3 @@ def _checked_decay(decay: float | None, half_life: float | None) -> float:
             f"ema(half_life={half_life!r}): the half-life is too short or too long to compute with"
         )
     return float(rate)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

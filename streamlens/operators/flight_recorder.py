@@ -14,7 +14,14 @@ from streamlens.capture.source import Source
 from streamlens.failure import on_failure
 from streamlens.frame import Frame, Kind
 from streamlens.nodes import Emitted, forward, stateful
-from streamlens.operators._base import OperatorNode, checked_source, frame_from_state, frame_state, own
+from streamlens.operators._base import (
+    OperatorNode,
+    checked_source,
+    frame_from_state,
+    frame_state,
+    is_whole,
+    own,
+)
 from streamlens.operators._listening import check_control, listen
 from streamlens.runtime import Runtime
 from streamlens.stream import Stream
@@ -189,7 +196,7 @@ def flight_recorder(
         StreamlensError: `on` is a Lens with no topic selected.
     """
     for name, number, least in (("last", last, 1), ("after", after, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        if not is_whole(number) or number < least:
             raise ValueError(f"flight_recorder({name}={number!r}): a whole number from {least} on")
     control = None if on is None else check_control("flight_recorder", "on", on)
     return FlightRecorder(last, control, after)

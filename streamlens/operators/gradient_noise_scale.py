@@ -16,7 +16,7 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, stateful
-from streamlens.operators._base import OperatorNode, checked_source, relabelled
+from streamlens.operators._base import OperatorNode, checked_source, is_number, is_whole, relabelled
 from streamlens.operators._merge import merged
 from streamlens.operators._tensors import check_whole, copies, dense, dots, tensors_of
 from streamlens.operators.selection import topic as select
@@ -74,11 +74,11 @@ def gradient_noise_scale(
         StreamlensError: When applied: the stream carries numbers and not tensors. While training, reported
             once: there is only one micro-batch a step, or the batch size is not known.
     """
-    number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    number = is_number(decay)
     if not number or not 0 <= decay < 1:
         raise ValueError(f"gradient_noise_scale({decay!r}): a decay from 0 to below 1, such as 0.99")
     for name, value, least in (("batch_size", batch_size, 1), ("ranks", ranks, 2)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and (not is_whole(value) or value < least):
             raise ValueError(f"gradient_noise_scale({name}={value!r}): a number from {least} on")
     plan = f"gradient_noise_scale({decay:g}"
     plan += "" if batch_size is None else f", batch_size={batch_size}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
-from streamlens.operators._base import relabelled
+from streamlens.operators._base import is_number, relabelled
 from streamlens.operators._gradients import GradientState, following
 from streamlens.operators._tensors import PARAMETERS, Due, check_of, pieces_of, wide
 from streamlens.runtime import Runtime
@@ -51,7 +51,7 @@ def gradient_snr(decay: float = 0.9, *, of: str = "weights") -> Operator:
         ValueError: A decay outside (0, 1), or an unknown kind of parameters.
         StreamlensError: When applied: the stream carries numbers and not tensors.
     """
-    number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    number = is_number(decay)
     if not number or not 0 < decay < 1:
         raise ValueError(f"gradient_snr({decay!r}): the decay lies between 0 and 1, such as 0.9")
     topic = PARAMETERS[check_of("gradient_snr", of)][0]

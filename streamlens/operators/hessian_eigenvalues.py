@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
-from streamlens.operators._base import relabelled
+from streamlens.operators._base import is_number, is_whole, relabelled
 from streamlens.operators._hessian import OF_LAYERS, Batch, Loss, LossSurface, Mode, loss_surface
 from streamlens.operators._lanczos import WHICH, Which, lanczos, random_vector
 from streamlens.operators._model import FindModel, ModelNode, on_model
@@ -137,15 +137,15 @@ class _Search:
 
 
 def _search(k: int, which: Which, products: int, tolerance: float) -> _Search:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ValueError(f"{TOPIC}(k={k!r}): how many eigenvalues, from 1 on")
     if which not in WHICH:
         raise ValueError(
             f"{TOPIC}(which={which!r}): it is {', '.join(map(repr, WHICH[:-1]))} or {WHICH[-1]!r}"
         )
-    if isinstance(products, bool) or not isinstance(products, int) or products < k:
+    if not is_whole(products) or products < k:
         raise ValueError(f"{TOPIC}(products={products!r}): a whole number, and at least k = {k}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+    if not is_number(tolerance) or not 0 < tolerance < 1:
         raise ValueError(f"{TOPIC}(tolerance={tolerance!r}): a number between 0 and 1")
     return _Search(k, which, products, float(tolerance))
 

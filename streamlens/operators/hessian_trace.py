@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamlens.frame import Frame
 from streamlens.nodes import Emitted
-from streamlens.operators._base import relabelled
+from streamlens.operators._base import is_whole, relabelled
 from streamlens.operators._hessian import OF_LAYERS, Batch, Hessian, Loss, LossSurface, Mode, loss_surface
 from streamlens.operators._model import FindModel, ModelNode, on_model
 from streamlens.stream import Operator, Stream
@@ -75,7 +75,7 @@ def hessian_trace(
     surface = loss_surface(
         TOPIC, loss=loss, batch=batch, batches=batches, mode=mode, parameters=parameters, seed=seed
     )
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
+    if not is_whole(probes) or probes < 2:
         raise ValueError(f"{TOPIC}(probes={probes!r}): a whole number from 2 on, for a standard error")
 
     def make(stream: Stream, find: FindModel) -> ModelNode:

@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
+from streamlens.operators._base import is_number, is_whole
 from streamlens.operators.statistics import reduction_operator
 from streamlens.reductions import Bins, Reduction, all_elements, precise
 from streamlens.stream import Operator
@@ -111,7 +112,7 @@ def histogram(
         )
     low, high = _checked_range(_MAGNITUDES if range is None else range, logarithmic)
     number = (_RATIOS if logarithmic else _WIDTHS) if bins is None else bins
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if not is_whole(number) or number < 1:
         raise ValueError(f"histogram(bins={bins!r}): the number of bins is a whole number from 1 on")
     fixed = Bins(low, high, number, logarithmic)
     if not fixed.resolved:
@@ -126,7 +127,7 @@ def _checked_range(given: object, logarithmic: bool) -> tuple[float, float]:
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
         raise TypeError(f"histogram(range={given!r}): pass the pair (low, high)")
     for end in given:
-        if isinstance(end, bool) or not isinstance(end, int | float):
+        if not is_number(end):
             raise TypeError(f"histogram(range={given!r}): {end!r} is no number; pass the pair (low, high)")
     low, high = float(given[0]), float(given[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamlens.frame import Frame
 from streamlens.nodes import stateful
-from streamlens.operators._base import checked_source
+from streamlens.operators._base import checked_source, is_whole
 from streamlens.operators._kernel import REACH, KernelNode, check_sigma
 from streamlens.operators._tensors import wide
 from streamlens.operators.loss import loss
@@ -57,7 +57,7 @@ def loss_decrease(sigma: float = 10, *, lag: int = 0) -> Operator:
     """
     width = check_sigma("loss_decrease", sigma)
     most = max(1, int(REACH * width + 0.5))
-    if isinstance(lag, bool) or not isinstance(lag, int) or not 0 <= lag <= most:
+    if not is_whole(lag) or not 0 <= lag <= most:
         raise ValueError(
             f"loss_decrease(lag={lag!r}): a number of steps from 0 to 4 sigma, here {most}: nothing that "
             "comes later than that is looked at"

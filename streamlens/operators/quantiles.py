@@ -29,6 +29,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from streamlens.operators._base import is_number, is_whole
 from streamlens.operators._quantiles import Quantiles
 from streamlens.operators.statistics import reduction_operator
 from streamlens.stream import Operator
@@ -123,7 +124,7 @@ def _checked_levels(given: object, greatest: float, argument: str) -> tuple[floa
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{argument}{given!r}): pass a sequence of numbers from 0 to {greatest:g}")
     for level in given:
-        number = isinstance(level, int | float) and not isinstance(level, bool)
+        number = is_number(level)
         if not number or math.isnan(level) or not 0 <= level <= greatest:
             raise ValueError(f"{argument}{given!r}): {level!r} is no number from 0 to {greatest:g}")
     levels = tuple(float(level) for level in given)
@@ -135,7 +136,7 @@ def _checked_levels(given: object, greatest: float, argument: str) -> tuple[floa
 def _checked_sample(sample: object, operator: str) -> int | None:
     if sample is None:
         return None
-    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
+    if not is_whole(sample) or sample < 1:
         raise ValueError(
             f"{operator}(sample={sample!r}): the sample is how many elements are read, a whole number from "
             "1 on, or None to read all"

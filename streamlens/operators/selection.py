@@ -17,7 +17,7 @@ from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
-from streamlens.operators._base import check_topics, checked_source, modules_of
+from streamlens.operators._base import check_topics, checked_source, is_whole, modules_of
 from streamlens.operators._windowed import Windowed
 from streamlens.stream import Operator, Stream
 
@@ -120,7 +120,7 @@ def _check_names(stream: Stream, selector: LayerSelector) -> None:
 def _selector(which: tuple[str | type[nn.Module], ...], depth: int | None) -> LayerSelector:
     if not which and depth is None:
         raise TypeError("layers() needs globs, module classes or depth=, such as layers('features.*')")
-    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < -1):
+    if depth is not None and (not is_whole(depth) or depth < -1):
         raise ValueError(f"layers(depth={depth!r}): depth is -1 (leaves), 0 (the model) or above")
     globs: list[str] = []
     classes: list[type[nn.Module]] = []
@@ -190,7 +190,7 @@ def every(n: int) -> Operator:
     Raises:
         ValueError: `n` is not a positive integer.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if not is_whole(n) or n < 1:
         raise ValueError(f"every({n!r}): the cadence is a positive number of steps")
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
@@ -217,7 +217,7 @@ def between(start: int, stop: int | None = None) -> Operator:
     Raises:
         ValueError: A negative start, or a stop that is not after it.
     """
-    whole = all(isinstance(s, int) and not isinstance(s, bool) for s in (start, 0 if stop is None else stop))
+    whole = all(is_whole(s) for s in (start, 0 if stop is None else stop))
     if not whole or start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"between({start!r}, {stop!r}): start is a step from 0 on, and stop is after it")
 

@@ -13,7 +13,7 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
-from streamlens.operators._base import checked_source, relabelled
+from streamlens.operators._base import checked_source, is_number, relabelled
 from streamlens.operators._hessian import Batch, Loss, Mode
 from streamlens.operators.align import AlignedFrame, align
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
@@ -132,8 +132,8 @@ def sharpness(
 
 def _share_of_bound(lr: object, momentum: object, nesterov: bool) -> float:
     """The bound times the learning rate: 2 for plain gradient descent."""
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf):
+    if lr is not None and (not is_number(lr) or not 0 <= lr < math.inf):
         raise ValueError(f"sharpness(lr={lr!r}): a learning rate is a number from 0 on")
-    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+    if not is_number(momentum) or not 0 <= momentum < 1:
         raise ValueError(f"sharpness(momentum={momentum!r}): from 0 to below 1")
     return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamlens.operators._base import is_whole
 from streamlens.operators._spectrum import ConditionNumber, EffectiveRank, SingularValues
 from streamlens.operators.spectral_norm import tensor_reduction
 from streamlens.stream import Operator
@@ -32,7 +33,7 @@ def singular_values(k: int = 10, topic: str | None = None) -> Operator:
         ValueError: k is not a positive number.
         StreamlensError: When applied: the stream carries numbers and not tensors.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ValueError(f"singular_values({k!r}): how many values, a number from 1 on")
     return tensor_reduction(SingularValues(k), topic, "singular_values")
 

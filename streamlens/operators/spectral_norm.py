@@ -13,7 +13,7 @@ from torch import Tensor
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import Emitted, frame_operator, stateful
-from streamlens.operators._base import OperatorNode, TopicKey, relabelled
+from streamlens.operators._base import OperatorNode, TopicKey, is_number, relabelled
 from streamlens.operators._krylov import LargestSingularValues
 from streamlens.operators._reductions import Norm, reduce_values
 from streamlens.operators._spectrum import SpectralNorm, StableRank, largest_by_gram, matrix_of
@@ -203,7 +203,7 @@ class _Followed(OperatorNode):
 
 
 def _check_tolerance(operator: str, tolerance: object) -> None:
-    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    number = is_number(tolerance)
     if not number or not 0 < float(tolerance) < 1:  # type: ignore[arg-type] # a number, as just checked
         raise ValueError(
             f"{operator}(tolerance={tolerance!r}): a relative residual between 0 and 1, such as 1e-3"

@@ -23,7 +23,7 @@ from torch import Tensor
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
-from streamlens.operators._base import checked_source
+from streamlens.operators._base import checked_source, is_number
 from streamlens.operators._reductions import (
     AbsMax,
     Kurtosis,
@@ -113,7 +113,7 @@ def check_order(order: object, operator: str) -> float:
     Raises:
         ValueError: It is negative, NaN or no number.
     """
-    if isinstance(order, bool) or not isinstance(order, int | float) or math.isnan(order) or order < 0:
+    if not is_number(order) or math.isnan(order) or order < 0:
         raise ValueError(f"{operator}(order={order!r}): the order is a number from 0 on, or math.inf")
     return float(order)
 

@@ -15,6 +15,7 @@ from streamlens.operators._base import (
     OperatorNode,
     TopicKey,
     checked_source,
+    is_whole,
     layers_of,
     per_topic_state,
     relabelled,
@@ -220,7 +221,7 @@ def window(size: int, hop: int | None = None, reduce: Reduce = "mean", *, partia
     """
     hop = size if hop is None else hop
     for name, value in (("size", size), ("hop", hop)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"window({name}={value!r}): the {name} is a positive number of steps")
     check_reduce("window", reduce)
     windows = StepWindows(size, hop)

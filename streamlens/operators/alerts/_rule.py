@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias
 from reactivex import Observable
 
 from streamlens.frame import Frame
+from streamlens.operators._base import is_number, is_whole
 from streamlens.operators.alerts._layers import Array, Flags
 
 if TYPE_CHECKING:
@@ -177,13 +178,13 @@ class Rule:
     def check_positive(self, **values: float) -> None:
         """Raise unless each is a finite number above 0."""
         for what, value in values.items():
-            if not _is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{self.name}({what}={value!r}): a number above 0")
 
     def check_share(self, **values: float) -> None:
         """Raise unless each lies in (0, 1]."""
         for what, value in values.items():
-            if not _is_number(value) or not 0 < value <= 1:
+            if not is_number(value) or not 0 < value <= 1:
                 raise ValueError(f"{self.name}({what}={value!r}): a share above 0, at most 1")
 
     def check_count(self, **values: int) -> None:
@@ -195,7 +196,7 @@ class Rule:
     def check_band(self, **bands: tuple[float, float]) -> None:
         """Raise unless each is a lower and a greater upper bound, both above 0."""
         for what, band in bands.items():
-            pair = isinstance(band, tuple) and len(band) == 2 and all(map(_is_number, band))
+            pair = isinstance(band, tuple) and len(band) == 2 and all(map(is_number, band))
             if not pair or not 0 < band[0] < band[1] < math.inf:
                 raise ValueError(f"{self.name}({what}={band!r}): (lower, upper), with 0 < lower < upper")
 
@@ -219,9 +220,5 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value) and value >= 1
