@@ -151,7 +151,7 @@ class Ownership:
             self._strange += _STRANGE if alike else 1
         elif alike and not clock.counted:
             # The model itself may never be called.
-            self._engine.passes.watch_parts()
+            self._engine.passes.suspect_parts()
 
     def updated(self) -> None:
         """The model's update has been seen after all."""

@@ -55,6 +55,7 @@ class PassWatch:
         self.nested = 0
         self.watches_passes = False
         self.parts_needed = False
+        self._suspected = False
         self._watches_input = False
         self._last_counted = False
         self._late_output: Tensor | None = None
@@ -122,6 +123,10 @@ class PassWatch:
                 self._last_counted = False
             return
         self.settle()
+        if self._suspected and not name:
+            # The model itself is called: whether it ever would be is no question any more.
+            self._suspected = self.parts_needed = False
+            self._engine.install()
         self.outside = None
         self.nested = 0
         self.thread = threading.get_ident()
@@ -267,16 +272,22 @@ class PassWatch:
 
     # -- updates without a forward -----------------------------------------------------------
 
-    def watch_parts(self) -> None:
-        """From now on any part may be the outermost module that is called."""
+    def suspect_parts(self) -> None:
+        """Until the model itself is called, any part may be the outermost module that is."""
         if not self.parts_needed:
-            self.parts_needed = True
-            self._engine.install()
+            self._suspected = True
+            self._watch_parts()
+
+    def _watch_parts(self) -> None:
+        self.parts_needed = True
+        self._engine.install()
 
     def update_without_forward(self) -> None:
         """An update came without a counted forward: watch the parts, and warn if that does not help."""
+        # What was a suspicion is so.
+        self._suspected = False
         if not self.parts_needed:
-            self.watch_parts()
+            self._watch_parts()
         elif not self._engine.counts["updates_without_forward"]:
             self._engine.counts["updates_without_forward"] += 1
             hint = (

@@ -460,6 +460,21 @@ def test_it_is_also_warned_of_where_the_model_itself_is_never_called(
     assert "lens.step()" in caplog.messages[0]
 
 
+def test_another_model_of_its_size_leaves_no_hooks_on_its_parts() -> None:
+    model, other = perceptron(), perceptron()
+    optimizers = {id(m): SGD(m.parameters(), lr=0.1) for m in (model, other)}
+    with sl.observe(model) as lens:
+        steps = record(lens.pipe(sl.norm("weights")))
+        for batch in BATCHES:
+            for trained in (other, model):
+                optimizers[id(trained)].zero_grad()
+                squared_error(trained, batch).backward()
+                optimizers[id(trained)].step()
+            parts = [part for part in model.modules() if part is not model]
+            assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        assert [frame.step for frame in steps] == [0, 1, 2, 3]
+
+
 def test_a_loop_that_says_when_it_has_updated_is_right_and_not_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
