@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -161,10 +161,12 @@ def test_edges_can_be_read_back_from_components() -> None:
 @given(st.lists(NUMBERS, max_size=20), st.integers(-3, 3))
 def test_scaled_values_in_a_scaled_range_fall_into_the_same_bins(numbers: list[float], exponent: int) -> None:
     x, c = torch.tensor(numbers), 2.0**exponent
-    first = counts(histogram(bins=8, range=(-16, 16)), x)[1]
-    assert counts(histogram(bins=8, range=(-16 * c, 16 * c)), c * x)[1] == first
     mirrored = counts(histogram(), -x)[1]
     assert mirrored[:-1] == counts(histogram(), x)[1][-2::-1]
+    # Below the smallest float32 a half is zero, and lies in another bin: there nothing has been scaled.
+    assume(torch.equal(c * x / c, x))
+    first = counts(histogram(bins=8, range=(-16, 16)), x)[1]
+    assert counts(histogram(bins=8, range=(-16 * c, 16 * c)), c * x)[1] == first
 
 
 def test_layers_and_rows_are_each_by_itself() -> None:
