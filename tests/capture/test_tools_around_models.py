@@ -174,9 +174,14 @@ def test_functional_call_with_other_parameters_leaves_the_model_and_its_names_al
     assert gradients[-1].layers == tuple(before)
 
 
-@pytest.mark.parametrize(
-    "convert", [lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.half()]
-)
+CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
 def test_converting_the_model_in_mid_run_is_no_update(kind: str) -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.125)
