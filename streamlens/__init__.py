@@ -18,6 +18,7 @@ from streamlens.errors import (
     RunStoreError,
     StreamlensError,
     UnknownTopicError,
+    UnmergeableError,
 )
 from streamlens.frame import Frame, Kind
 from streamlens.lens import Lens
@@ -47,6 +48,7 @@ __all__ = [
     "Stream",
     "StreamlensError",
     "UnknownTopicError",
+    "UnmergeableError",
     "__version__",
     "control",
     "observe",

@@ -48,7 +48,9 @@ def note_part(engine: Engine, table: Table, key: Hashable, tensor: Tensor, *, gi
         part = part_of(tensor).within(exchange.batch)
     except StreamlensError as error:
         table.parts[key] = None
-        engine.report(error, f"layer {key!r}")
+        if key not in engine.batches.told:
+            engine.batches.told.add(key)
+            engine.report(error, f"layer {key!r}")
         return
     if part.parts > 1:
         table.parts[key] = part
@@ -89,10 +91,15 @@ def reduced_frame(
 
 
 class BatchCapture:
-    """Measures tensors of the whole batch, each as a burst of its own."""
+    """Measures tensors of the whole batch, each as a burst of its own.
+
+    Attributes:
+        told: Layers of which it was said that they are of unknown parts.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.told: set[Hashable] = set()
         self._calls: dict[str, int] = {}
 
     def begin_pass(self) -> None:

@@ -24,7 +24,7 @@ from streamlens.capture.absent import Absent
 from streamlens.capture.batch import BatchCapture
 from streamlens.capture.compiled import CompiledPasses, hook_guards, prepare_compiler
 from streamlens.capture.copies import Copy
-from streamlens.capture.exchange import Alone, Exchange, Settling
+from streamlens.capture.exchange import Settling
 from streamlens.capture.forward import ForwardCapture
 from streamlens.capture.hooks import Lifted
 from streamlens.capture.losses import LossCapture
@@ -89,7 +89,6 @@ class Engine(Source):
         self.inert = disabled()
         self.count = count
         self.copies = dict(copies or {})
-        self.exchange: Exchange = Alone()
         self.settling = Settling(self)
         self.index = ModelIndex(model, self.copies)
         self.extra_metadata: dict[str, Any] = {}
@@ -133,16 +132,6 @@ class Engine(Source):
         )
         yield f"hooks: {self.hook_counts()}"
         yield f"bytes held: {self.updates.bytes_held:,} (copies of parameters for updates)"
-
-    @property
-    def writes(self) -> bool:  # type: ignore[override]
-        """Whether sinks write in this process."""
-        return self.exchange.writes
-
-    @property
-    def place(self) -> str:  # type: ignore[override]
-        """What this process is called in reports."""
-        return self.exchange.place
 
     def metadata(self) -> dict[str, Any]:
         """Class and size of the model."""
@@ -269,7 +258,7 @@ class Engine(Source):
 
     def check_whole(self, topics: Sequence[str], operator: str) -> None:
         """Raise where this process holds a part only of what an operator needs whole."""
-        self.exchange.check(topics, f"{operator}()", None)
+        self.exchange.check(topics, operator, None)
 
     def install(self) -> None:
         """Bring the hooks on parts of the model in line with the demands."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from streamlens.capture.sharded import Part
 from streamlens.capture.table import Table
+from streamlens.capture.view import View
 from streamlens.reductions import Reduction
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def admits(self, view: View) -> bool:
+        """Whether a view is taken now: what takes all processes is, once all know of it."""
+        ...
+
     def demands_changed(self) -> None:
         """A subscription has come or gone."""
         ...
@@ -113,6 +118,10 @@ class Alone:
 
     def check(self, topics: Iterable[str], what: str, reduction: Reduction | None) -> None:
         """Everything is whole."""
+
+    def admits(self, view: View) -> bool:
+        """Everything is."""
+        return True
 
     def demands_changed(self) -> None:
         """Nobody needs to know."""

@@ -8,7 +8,7 @@ whole backward has run, on the thread that called it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,21 +278,31 @@ class ForwardCapture:
             partial.open = True
         if topic == "layer_gradients":
             partial.weight = self._engine.losses.weight
-        self._engine.settling.later(
-            partial, lambda: self._engine.post_frames(self._reduced(side.table, reduced, micro_step))
-        )
+
+        def emit() -> None:
+            # What other processes alone have called comes with the first of them.
+            foreign = {str(key) for key in side.table.wholes.difference(side.calls)}
+            side.table.wholes.clear()
+            self._engine.post_frames(self._reduced(side.table, reduced, micro_step, foreign))
+
+        self._engine.settling.later(partial, emit)
 
     def _reduced(
         self,
         table: Table,
         outputs: Sequence[tuple[PassOutput, tuple[str, ...]]],
         micro_step: int | None = None,
+        foreign: Collection[str] = (),
     ) -> list[tuple[Sequence[Demand], Frame]]:
         """The frames of what was reduced."""
         frames: list[tuple[Sequence[Demand], Frame]] = []
         for output, keys in outputs:
             reduction = output.reduction
             assert reduction is not None
+            if foreign:
+                wanted = output.wanted
+                called = (key for key in foreign if wanted is None or key.partition("@")[0] in wanted)
+                keys = self._in_order((*keys, *called))
             frame = reduced_frame(
                 self._engine, output.topic, table, reduction, keys, micro_step, self._interned
             )

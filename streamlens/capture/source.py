@@ -14,6 +14,7 @@ from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from torch import Tensor
 
+from streamlens.capture.exchange import Alone, Exchange
 from streamlens.capture.provider import Provider
 from streamlens.capture.view import Demand, View
 from streamlens.chain import Mark, MarkKind, current_chain
@@ -37,6 +38,7 @@ class Source(Provider):
 
     Attributes:
         clock: Where the run is.
+        exchange: What is asked of other processes that train the same model.
         demands: What is subscribed.
         topics: The topics that somebody has selected.
         idle: Whether nobody has selected any.
@@ -52,6 +54,7 @@ class Source(Provider):
 
     def __init__(self, name: str = "", on_error: str = "report") -> None:
         super().__init__(name, on_error)
+        self.exchange: Exchange = Alone()
         self.demands: list[Demand] = []
         self.topics: frozenset[str] = frozenset()
         self.idle = True
@@ -72,6 +75,16 @@ class Source(Provider):
             yield
         finally:
             self.paused -= 1
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether sinks write in this process."""
+        return self.exchange.writes
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        """What this process is called in reports."""
+        return self.exchange.place
 
     @property
     def step(self) -> int:
@@ -151,7 +164,9 @@ class Source(Provider):
         """The demands that want frames of the open step."""
         if self._due_step != self.clock.step:
             self._due_step = self.clock.step
-            due = tuple(d for d in self.demands if d.view.due(self._due_step))
+            due = tuple(
+                d for d in self.demands if d.view.due(self._due_step) and self.exchange.admits(d.view)
+            )
             # The same demands give the same tuple, which is what plans are kept under.
             self._due = due if due != self._due else self._due
         return self._due

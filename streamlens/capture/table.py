@@ -131,12 +131,14 @@ class Table:
 
     Attributes:
         parts: The layers of whose tensor this process holds a part; None where that is unknown.
+        wholes: The layers whose parts have been merged.
     """
 
-    __slots__ = ("_blocks", "_double", "_results", "_rows", "_sizes", "parts")
+    __slots__ = ("_blocks", "_double", "_results", "_rows", "_sizes", "parts", "wholes")
 
     def __init__(self, sizes: Sizes | None = None) -> None:
         self.parts: dict[Hashable, Part | None] = {}
+        self.wholes: set[Hashable] = set()
         self._blocks: list[_Block] = []
         self._rows: dict[tuple[Statistic, ...], dict[Hashable, Sequence[float] | Sequence[Tensor]]] = {}
         self._results: dict[Reduction, dict[Hashable, Tensor]] = {}
@@ -333,6 +335,7 @@ class Table:
 
     def put_wholes(self, rows: Rows) -> None:
         """Enter what the parts of some layers have been merged to."""
+        self.wholes.update(rows.keys)
         if isinstance(rows.what, tuple):
             *values, counts = rows.values
             self._blocks.append(_Block(rows.keys, dict(zip(rows.what, values, strict=True)), counts))

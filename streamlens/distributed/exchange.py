@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 from streamlens.capture.sharded import WHOLE, Part, data_part
 from streamlens.capture.table import Rows
 from streamlens.capture.view import View
-from streamlens.distributed.group import Group
+from streamlens.distributed.group import Group, LostRanksError
 from streamlens.distributed.layout import WEIGHT, Item
 from streamlens.distributed.meeting import EVERY, Meeting, named
 from streamlens.distributed.wire import Wire
@@ -27,20 +27,20 @@ from streamlens.reductions import Reduction
 from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
     from streamlens.capture.engine import Engine
     from streamlens.capture.exchange import Partial
     from streamlens.frame import Frame
 
 __all__ = ["Ranks"]
 
-_named: Final[Counter[str]] = Counter()
-"""How often a model of some name and shape was observed by this process."""
-
 
 def _nobody(frame: Frame) -> None:
     """Receives what other processes have asked for."""
+
+
+def _shared(view: View) -> View:
+    """What of a view others need to know."""
+    return replace(view, expected=False)
 
 
 class Ranks:
@@ -57,7 +57,6 @@ class Ranks:
         self._rank = 0
         self._ranks = 0
         self._spread: tuple[Part, bool, bool] | None = None
-        self._name = ""
         self._meeting: Meeting | None = None
         self._wire: Wire | None = None
         self._over = False
@@ -68,6 +67,7 @@ class Ranks:
         self._published: tuple[View, ...] = ()
         self._agreed: tuple[View, ...] = ()
         self._shadows: dict[View, DisposableBase] = {}
+        self._following = False
         self._moment = (-1, 0)
 
     # -- facts -------------------------------------------------------------------------------
@@ -118,8 +118,22 @@ class Ranks:
         self._asked = None
 
     def demands_changed(self) -> None:
-        """A subscription has come or gone."""
+        """A subscription has come or gone; what was agreed on is taken until all know of it."""
         self._asked = None
+        if self._wire is not None and not self._following:
+            self._follow()
+
+    def admits(self, view: View) -> bool:
+        """Whether a view is taken now: what takes all ranks is, once all know of it."""
+        return self._wire is None or _shared(view) in self._agreed or not self._takes_all(view)
+
+    def _takes_all(self, view: View) -> bool:
+        """Whether there are topics in a view of which each process has a part that is reduced."""
+        specs = [topic_spec(topic) for topic in view.topics]
+        return any(
+            spec is not None and (view.reduction is not None or not spec.raw) and self._in_parts(spec)
+            for spec in specs
+        )
 
     def _in_parts(self, spec: TopicSpec) -> bool:
         """Whether what this process has of a topic is a part of the whole."""
@@ -233,61 +247,69 @@ class Ranks:
         if self._wire is not None:
             return step % EVERY == 0 or any(view.due(step) for view in self._agreed)
         if self._meeting is None:
-            self._meeting = Meeting(self._store("meeting"), self._rank, self._ranks, self._timeout)
+            self._meeting = self._meet()
             self._since = time.monotonic()
         if not self._meeting.come(step, asks=bool(self._asks)):
             self._look_for_others()
             return False
-        self._wire = Wire(Group(self._store("group"), self._rank, self._ranks, self._timeout))
-        self._agree()
-        return True
+        self._wire = Wire(Group(self._meeting.store, self._rank, self._ranks, self._timeout))
+        self._meeting.leave()
+        # Where others have not taken at this step what is asked for here, they have from the next on.
+        return self._agree()
 
-    def _store(self, purpose: str) -> Store:
-        """The run's store, under a name that all processes give to this model."""
-        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+    def _meet(self) -> Meeting:
+        """Where all processes that observe this model meet."""
+        from torch.distributed.distributed_c10d import _get_default_store
 
-        if not self._name:
-            model, entries = self._engine.model, self._engine.index.entries
-            shape = repr((type(model).__name__, [(e.name, tuple(e.parameter.shape)) for e in entries]))
-            digest = hashlib.sha256(shape.encode()).hexdigest()[:16]
-            _named[digest] += 1
-            self._name = f"streamlens/{digest}/{_named[digest]}"
-        return PrefixStore(f"{self._name}/{purpose}", _get_default_store())
+        model, entries = self._engine.model, self._engine.index.entries
+        shape = (
+            self._engine.name,
+            type(model).__name__,
+            [(e.name, tuple(e.parameter.shape)) for e in entries],
+        )
+        digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
+        return Meeting(_get_default_store(), digest, self._rank, self._ranks, self._timeout)
 
     @property
     def _asks(self) -> tuple[View, ...]:
         """What is subscribed here and takes all processes."""
         if self._asked is None:
             own = [d.view for d in self._engine.demands if d.deliver is not _nobody]
-            self._asked = tuple(
-                dict.fromkeys(
-                    replace(view, expected=False)
-                    for view in own
-                    if (view.reduction is not None or "loss" in view.topics)
-                    and any((spec := topic_spec(t)) is not None and self._in_parts(spec) for t in view.topics)
-                )
-            )
+            self._asked = tuple(dict.fromkeys(_shared(view) for view in own if self._takes_all(view)))
         return self._asked
 
     @property
     def _has_news(self) -> bool:
         return self._asks != self._published
 
-    def _agree(self) -> None:
-        """Tell each other what is subscribed; all of it is taken on all processes from the next step on."""
+    def _agree(self) -> bool:
+        """Tell each other what is subscribed: all of it is taken on all processes from the next step on.
+
+        Returns:
+            Whether all have asked for the same, and so have taken it at this step already.
+        """
         assert self._wire is not None
         self._published = self._asks
-        told = self._wire.group.gather([self._packed(view) for view in self._published])
+        told: list[list[bytes]] = self._wire.group.gather([self._packed(v) for v in self._published])
         wanted = dict.fromkeys(packed for views in told for packed in views if packed)
         self._agreed = tuple(dict.fromkeys(pickle.loads(packed) for packed in wanted))
-        for view in [view for view in self._shadows if view not in self._agreed]:
-            self._shadows.pop(view).dispose()
-        for view in self._agreed:
-            if view not in self._published and view not in self._shadows:
-                try:
+        self._follow()
+        self._engine.demands_changed()
+        return all(set(views) == set(wanted) for views in told)
+
+    def _follow(self) -> None:
+        """Take what was agreed on, whether or not anybody here has asked for it."""
+        self._following = True
+        try:
+            for view in [view for view in self._shadows if view not in self._agreed or view in self._asks]:
+                self._shadows.pop(view).dispose()
+            for view in self._agreed:
+                if view not in self._asks and view not in self._shadows:
                     self._shadows[view] = self._engine.subscribe_view(view, _nobody)
-                except StreamlensError as error:
-                    self._engine.report(error, "what another rank asks for")
+        except StreamlensError as error:
+            self._engine.report(error, "what another rank asks for")
+        finally:
+            self._following = False
 
     def _packed(self, view: View) -> bytes:
         try:
@@ -326,17 +348,24 @@ class Ranks:
         """Merge no more: training goes on, and what this process has whole."""
         self._leave()
         if not isinstance(error, StreamlensError):
-            first = str(error).partition("\n")[0]
+            why = f"could not merge with the other ranks ({error!r})"
+            if isinstance(error, LostRanksError):
+                why = f"lost the other ranks ({error}): one of them has failed, ended, or closed its lens"
+            step = self._engine.clock.step
             error = StreamlensError(
-                f"{self.place} lost the other ranks at step {self._engine.clock.step} ({first}): one of them "
-                "has failed, ended, or closed its lens. What takes all ranks is left out from now on, and "
-                "training goes on"
+                f"{self.place} {why}. What takes all ranks is left out from step {step} on, and training "
+                "goes on"
             )
         self._engine.report(error, "merging over ranks")
 
     def _leave(self) -> None:
         self._over = True
-        self._wire = self._meeting = None
+        meeting, self._meeting, self._wire = self._meeting, None, None
+        self._agreed = ()
+        if meeting is not None:
+            # The store may be gone, as where the process group was destroyed before.
+            with contextlib.suppress(Exception):
+                meeting.leave()
         shadows, self._shadows = self._shadows, {}
         for shadow in shadows.values():
             shadow.dispose()

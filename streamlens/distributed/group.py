@@ -13,7 +13,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Group"]
+__all__ = ["Group", "LostRanksError"]
+
+
+class LostRanksError(Exception):
+    """Another process has ended, left or failed, or did not come in time."""
+
+
+def _reason(error: RuntimeError) -> str:
+    """What PyTorch says, in one sentence and without its source's places."""
+    first = str(error).partition("\n")[0].rpartition("] ")
+    sentence = (first[2] if "/" in first[0] else "".join(first)).partition(". ")[0]
+    return sentence.removesuffix(".")
 
 
 class Group:
@@ -35,14 +46,28 @@ class Group:
         self.ranks = ranks
         from torch.distributed import ProcessGroupGloo
 
-        self._gloo: Any = ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))
+        try:
+            self._gloo: Any = ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise LostRanksError(_reason(error)) from error
 
     def add(self, buffer: Tensor) -> None:
-        """Add up what all processes have in a buffer on the host, in place."""
-        self._gloo.allreduce([buffer]).wait()
+        """Add up what all processes have in a buffer on the host, in place.
+
+        Raises:
+            LostRanksError: A process has ended, left or failed, or did not come in time.
+        """
+        try:
+            self._gloo.allreduce([buffer]).wait()
+        except RuntimeError as error:
+            raise LostRanksError(_reason(error)) from error
 
     def gather(self, thing: object) -> list[Any]:
-        """What each process gives, by rank. Rare and slow: in two collectives, pickled."""
+        """What each process gives, by rank. Rare and slow: in two collectives, pickled.
+
+        Raises:
+            LostRanksError: As for `add`.
+        """
         mine = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
         sizes = torch.zeros(self.ranks, dtype=torch.int64)
         sizes[self.rank] = len(mine)
@@ -51,7 +76,10 @@ class Group:
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(mine)] = mine
         found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.ranks)]
-        self._gloo.allgather([found], [padded]).wait()
+        try:
+            self._gloo.allgather([found], [padded]).wait()
+        except RuntimeError as error:
+            raise LostRanksError(_reason(error)) from error
         # What comes from the processes of one training run is as trusted as its code.
         return [
             pickle.load(io.BytesIO(part[:size].numpy().tobytes()))

@@ -149,12 +149,13 @@ class _Mine:
 
     block: _Block
     kept: tuple[int, ...]
-    index: Tensor
     places: Tensor
     given: tuple[Tensor, Tensor, Tensor]
     """Of what this process contributes: which of its rows, to which slot, at which place."""
     plain: bool
     """Whether it contributes all, in order, to one slot."""
+    foreign: tuple[str, ...]
+    """Layers that only others have, of those where that may be."""
     numbers: tuple[int, ...]
     """How many parts each layer has."""
 
@@ -214,12 +215,15 @@ class Layout:
         """What the parts have been merged to, of the layers that all of it is there of."""
         found: list[tuple[Item, Rows]] = []
         for item, mine in zip(items, self._mine, strict=True):
-            if item.on_host != on_host or not mine.kept:
+            if item.on_host != on_host or not mine.numbers:
                 continue
             region = self._region(mine.block, buffer)
-            gathered = region if mine.plain else region.index_select(2, mine.places)
             keys = item.rows.keys
-            keys = keys if mine.plain else tuple(keys[i] for i in mine.kept)
+            if mine.plain:
+                found += [(item, rows) for rows in _merged(item, keys, region, mine)]
+                continue
+            gathered = region.index_select(2, mine.places)
+            keys = (*(keys[i] for i in mine.kept), *mine.foreign)
             found += [(item, rows) for rows in _merged(item, keys, gathered, mine)]
         return found
 
@@ -245,18 +249,21 @@ def _merged(item: Item, keys: tuple[Hashable, ...], gathered: Tensor, mine: _Min
 
 def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> _Mine:
     kept = [i for i, name in enumerate(item.names) if name in block.names]
-    places = [block.names[item.names[i]] for i in kept]
+    foreign = tuple(name for name in block.names if name not in item.names) if item.open else ()
+    names = [*(item.names[i] for i in kept), *foreign]
+    places = [block.names[name] for name in names]
     rows: list[int] = []
     slots: list[int] = []
     where: list[int] = []
-    for i, place in zip(kept, places, strict=True):
+    for i, place in zip(kept, places, strict=False):
         holders = block.held[item.names[i]]
         if holders.get(item.parts[i]) == rank:
             rows.append(i)
             slots.append(0 if block.added else sorted(holders).index(item.parts[i]))
             where.append(place)
     everything = list(range(len(block.names)))
-    plain = rows == everything and where == everything and places == everything and len(set(slots)) == 1
+    plain = len(item.names) == len(everything) and len(set(slots)) == 1
+    plain = plain and rows == everything and where == everything and places == everything
 
     def index(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(device)
@@ -264,11 +271,11 @@ def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> _Mine:
     return _Mine(
         block,
         tuple(kept),
-        index(kept),
         index(places),
         (index(rows), index(slots), index(where)),
         plain and (item.on_host or slots[0] == 0),
-        tuple(len(block.held[item.names[i]]) for i in kept),
+        foreign,
+        tuple(len(block.held[name]) for name in names),
     )
 
 

@@ -103,7 +103,8 @@ class Wire:
             raise StreamlensError(
                 f"the ranks are not at the same update: this one is at step {moment[0]}"
                 + (f", call {moment[1]}" if moment[1] else "")
-                + ", another one is not. All ranks have to make the same updates"
+                + ", another one is not. All ranks have to resume at one step and make the same updates. "
+                "What takes all ranks is left out from now on, and training goes on"
             )
         same = not new and (numbers, squares) == (ranks * number, ranks * number**2)
         if same and size > self._room:

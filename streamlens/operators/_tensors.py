@@ -73,7 +73,7 @@ def tensors_of(source: Observable[Frame], topic: str | None, operator: str) -> S
         specs = [stream.source.spec(name) for name in stream.topics]
         if stream.view.reduction is not None or any(spec is not None and not spec.raw for spec in specs):
             raise _needs_tensors(operator, stream.plan_text)
-        stream.source.check_whole(stream.topics, operator)
+        stream.source.check_whole(stream.topics, f"{operator}()")
     return stream
 
 

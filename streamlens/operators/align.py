@@ -10,9 +10,10 @@ from reactivex import Observable
 from torch import Tensor
 
 from streamlens.frame import Frame
+from streamlens.lens import Lens
 from streamlens.operators._base import is_whole
 from streamlens.operators._wiring import JoinSource, joined
-from streamlens.stream import Operator
+from streamlens.stream import Operator, Stream
 
 __all__ = ["AlignedFrame", "JoinSource", "align", "combine"]
 
@@ -151,6 +152,7 @@ def combine(
 
     Raises:
         TypeError: As for `align`; `fn` is not callable; it is a lambda and no name is given.
+        UnmergeableError: When applied: raw tensors of which each of several ranks holds a part.
 
     Example:
         `lens.pipe(combine(norm("weight_gradients"), norm("weights"), fn=torch.mul, name="product"))`
@@ -165,7 +167,12 @@ def combine(
     def emit(frames: tuple[Frame, ...]) -> Frame:
         return _result(label, frames, fn(*[frame.values for frame in frames]))
 
-    return lambda source: joined(source, sources, emit, f"combine[{label}]", allowed_lateness)
+    def apply(source: Observable[Frame]) -> Stream:
+        if isinstance(source, Lens):
+            source.source.check_whole([s for s in sources if isinstance(s, str)], f"combine[{label}]")
+        return joined(source, sources, emit, f"combine[{label}]", allowed_lateness)
+
+    return apply
 
 
 def _result(name: str, frames: tuple[Frame, ...], result: Tensor | Sequence[Tensor] | float | Frame) -> Frame:

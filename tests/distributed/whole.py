@@ -19,11 +19,11 @@ Batches = Sequence[Sequence[tuple[Tensor, Tensor]]]
 class Model(nn.Module):
     """Odd sizes, so that no shard is as large as another; biases with one element a rank or less."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 7) -> None:
         super().__init__()
-        self.first = nn.Linear(5, 7)
+        self.first = nn.Linear(5, hidden)
         self.act = nn.Tanh()
-        self.second = nn.Linear(7, 3)
+        self.second = nn.Linear(hidden, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.second(self.act(self.first(x)))
