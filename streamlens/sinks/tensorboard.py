@@ -13,6 +13,7 @@ import numpy as np
 from streamlens.frame import Frame, to_numpy
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
+from streamlens.sinks._names import ANY_TEXT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,17 +31,18 @@ class TensorBoard(Sink):
     """Writes TensorBoard event files: one event a frame, holding all its layers.
 
     - A number a layer is a scalar under `topic/layer`; the model's own under `topic`. Named
-      components are scalars under `topic/layer/component`. NaN and infinities are written as such.
+      components are scalars under `topic/layer/component`, the model's own under `topic/_/component`.
+      NaN and infinities are written as such.
     - Counts in bins (the operator `histogram`) are a histogram with these bins; what lies beyond their
       range is drawn as one more bin, as wide as its neighbour. Elements that are not finite are a
       number under `topic/layer/non_finite`, where there are some.
     - Any other tensor is a histogram of its elements: 64 bins of equal width from the least to the
       greatest finite value (one bin where these are equal). Where there are NaN or infinite
       elements, their number is a scalar under `topic/layer/non_finite`.
-    - The sentence that a frame carries as `meta["text"]` is a text under `topic/text`.
+    - The sentence that a frame carries as `meta["text"]` is a text under `topic/_/text`.
 
-    The step is the frame's step, for every micro-step of it; the wall time is when the frame was
-    emitted. A run that goes on after a resume hides what an earlier attempt wrote for later steps.
+    A slash within a name is a colon: the topic `G/loss` of a named model is `G:loss`. The step is the
+    frame's step, for every micro-step of it; the wall time is when the frame was emitted. A run that goes on after a resume hides what an earlier attempt wrote for later steps.
 
     Args:
         logdir: The folder of the event file, made when the first frame is written. A file that
@@ -129,7 +131,9 @@ class TensorBoard(Sink):
         for layer, value in zip(frame.layers, _arrays(frame), strict=True):
             self._add(event.summary, frame, layer, value)
         if text is not None:
-            entry = event.summary.value.add(tag=_tag(frame.topic, "text"), metadata=self._text_metadata)
+            entry = event.summary.value.add(
+                tag=ANY_TEXT.join(frame.topic, "", "text"), metadata=self._text_metadata
+            )
             entry.tensor.dtype = 7  # DT_STRING
             entry.tensor.tensor_shape.dim.add(size=1)
             entry.tensor.string_val.append(str(text).encode())
@@ -146,7 +150,7 @@ class TensorBoard(Sink):
             names: Sequence[str] = key[2] or ("",)
             for layer in frame.layers:
                 for name in names:
-                    event.summary.value.add(tag=_tag(frame.topic, layer, name))
+                    event.summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, name))
             template = self._templates[key] = (event, list(event.summary.value))
         event, entries = template
         event.wall_time, event.step = wall_time, frame.step
@@ -155,7 +159,7 @@ class TensorBoard(Sink):
         return bytes(event.SerializeToString())
 
     def _add(self, summary: Any, frame: Frame, layer: str, value: NDArray[Any]) -> None:
-        tag = _tag(frame.topic, layer)
+        tag = ANY_TEXT.join(frame.topic, layer)
         if value.ndim == 0:
             summary.value.add(tag=tag, simple_value=float(value))
         elif value.ndim == 1 and len(value) == len(frame.components):
@@ -164,7 +168,7 @@ class TensorBoard(Sink):
                 self._add_counts(summary, frame, layer, np.array(edges), value.astype(np.float64))
                 return
             for name, number in zip(frame.components, value.tolist(), strict=True):
-                summary.value.add(tag=_tag(frame.topic, layer, name), simple_value=number)
+                summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, name), simple_value=number)
         else:
             elements = value.astype(np.float64).ravel()
             finite = elements[np.isfinite(elements)]
@@ -172,7 +176,7 @@ class TensorBoard(Sink):
                 summary.value.add(tag=tag, histo=self._bins(finite))
             if finite.size < elements.size:
                 missing = elements.size - finite.size
-                summary.value.add(tag=_tag(frame.topic, layer, "non_finite"), simple_value=missing)
+                summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, "non_finite"), simple_value=missing)
 
     def _add_counts(
         self, summary: Any, frame: Frame, layer: str, edges: NDArray[np.float64], counts: NDArray[np.float64]
@@ -197,9 +201,9 @@ class TensorBoard(Sink):
                 bucket_limit=edges[:, 1].tolist(),
                 bucket=counts.tolist(),
             )
-            summary.value.add(tag=_tag(frame.topic, layer), histo=histogram)
+            summary.value.add(tag=ANY_TEXT.join(frame.topic, layer), histo=histogram)
         if missing > 0:
-            summary.value.add(tag=_tag(frame.topic, layer, "non_finite"), simple_value=missing)
+            summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, "non_finite"), simple_value=missing)
 
     def _bins(self, elements: NDArray[np.float64]) -> Any:
         least, greatest = float(elements.min()), float(elements.max())
@@ -222,10 +226,6 @@ class TensorBoard(Sink):
             bucket_limit=limits,
             bucket=counts,
         )
-
-
-def _tag(topic: str, layer: str, component: str = "") -> str:
-    return "/".join(part for part in (topic, layer, component) if part)
 
 
 def _stacked(frame: Frame) -> NDArray[Any]:

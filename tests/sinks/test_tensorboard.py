@@ -78,7 +78,19 @@ def test_named_components_are_scalars_of_their_own(tmp_path: Path) -> None:
     quantiles = Frame("q", 4, ("fc",), (torch.tensor([3.0, 4.0]),), components=("5%", "95%"))
     events = written(tmp_path, loss, quantiles)
     tags = {tag: scalars(events, tag)[0][1] for tag in events.Tags()["scalars"]}
-    assert tags == {"loss/a": 1.0, "loss/b": 2.0, "q/fc/5%": 3.0, "q/fc/95%": 4.0}
+    assert tags == {"loss/_/a": 1.0, "loss/_/b": 2.0, "q/fc/5%": 3.0, "q/fc/95%": 4.0}
+
+
+def test_names_that_hold_slashes_do_not_run_into_one_another(tmp_path: Path) -> None:
+    frames = [
+        Frame("G/norm", 0, ("G.fc",), torch.tensor([1.0])),
+        Frame("G", 0, ("norm",), torch.tensor([[2.0]]), components=("G.fc",)),
+        Frame("val/loss", 0, ("",), torch.tensor([3.0])),
+        Frame("val", 0, ("loss",), torch.tensor([4.0])),
+    ]
+    events = written(tmp_path, *frames)
+    tags = {tag: scalars(events, tag)[0][1] for tag in events.Tags()["scalars"]}
+    assert tags == {"G:norm/G.fc": 1.0, "G/norm/G.fc": 2.0, "val:loss": 3.0, "val/loss": 4.0}
 
 
 def test_micro_steps_are_written_at_their_step(tmp_path: Path) -> None:
@@ -147,10 +159,10 @@ def test_unnamed_vectors_are_histograms_too(tmp_path: Path) -> None:
 def test_a_sentence_is_a_text_beside_the_values(tmp_path: Path) -> None:
     alert = Frame("alerts.nan", 5, ("", "fc"), torch.tensor([2.0, 1.0]), meta={"text": "fc is NaN ☹"})
     events = written(tmp_path, alert)
-    (text,) = events.Tensors("alerts.nan/text")
+    (text,) = events.Tensors("alerts.nan/_/text")
     assert text.step == 5
     assert tensor_util.make_ndarray(text.tensor_proto).tolist() == ["fc is NaN ☹".encode()]
-    assert events.SummaryMetadata("alerts.nan/text").plugin_data.plugin_name == "text"
+    assert events.SummaryMetadata("alerts.nan/_/text").plugin_data.plugin_name == "text"
     assert scalars(events, "alerts.nan") == [(5, 2.0)]
     assert scalars(events, "alerts.nan/fc") == [(5, 1.0)]
 

@@ -39,7 +39,7 @@ def test_tensorboard_has_each_action_as_text(tmp_path: Path) -> None:
     run(tmp_path, sl.sinks.TensorBoard(tmp_path))
     events = next(tmp_path.glob("events*")).read_bytes()
     assert events.count(b"RatioLR set learning_rate from ") == 4
-    assert b"learning_rate.action/text" in events
+    assert b"learning_rate.action/_/text" in events
 
 
 def test_an_action_on_many_layers_is_one_mark_and_other_topics_none() -> None:
