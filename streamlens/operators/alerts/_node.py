@@ -163,7 +163,7 @@ class RulesNode(Node):
     def _arrived(self, *, wait: bool = False) -> list[Frame]:
         alerts: list[Frame] = []
         while self._arriving and (wait or self._arriving[0][0].arrived):
-            alerts += self._judge(self._arriving.popleft()[1].take())
+            alerts += self._judge(self._arriving.popleft()[1].take(), on_device=True)
         return alerts
 
     def _is_repeated(self, frame: Frame) -> bool:
@@ -178,9 +178,9 @@ class RulesNode(Node):
         self._seen[key] = (step, micro_step, layers.union(frame.layers))
         return False
 
-    def _judge(self, frame: Frame) -> list[Frame]:
+    def _judge(self, frame: Frame, *, on_device: bool = False) -> list[Frame]:
         values = to_numpy(cast("torch.Tensor", frame.values)).astype(np.float64)
-        look = Look(frame.topic, frame.step, frame.layers, values, frame.components)
+        look = Look(frame.topic, frame.step, frame.layers, values, frame.components, on_device)
         watches = self._watches.get(frame.source)
         if watches is None:
             watches = self._watches[frame.source] = [_Watch(rule) for rule in self._rules]

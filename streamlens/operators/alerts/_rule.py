@@ -36,6 +36,7 @@ class Look:
         layers: Its layers.
         values: A number a layer (and component), in double precision.
         components: Names of the second dimension, if there is one.
+        on_device: Whether they had to be fetched from a device.
     """
 
     topic: str
@@ -43,6 +44,7 @@ class Look:
     layers: tuple[str, ...]
     values: Array
     components: tuple[str, ...] = ()
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class _Nonfinite(Judge):
         self._step = -1
         self._found: tuple[str, str] | None = None
         self._in_step = False
+        self._doubtful: tuple[str, str] | None = None
 
     def look(self, look: Look) -> Iterable[Verdict]:
         phase = self._phases.get(look.topic)
@@ -55,15 +56,22 @@ class _Nonfinite(Judge):
                 self._found = None
             self._step, self._in_step = look.step, False
         if np.isfinite(look.values).all():
+            if phase == "forward":
+                self._doubtful = None
             return
         values = look.values.reshape(len(look.layers), -1)
         wrong = ~np.isfinite(values).all(axis=1)
+        # Backwards a layer comes the sooner the later it stands in the model.
+        places = np.flatnonzero(wrong)
+        first = int(places[-1] if phase == "backward" else places[0])
+        if look.on_device and phase in ("backward", "update") and np.isnan(values).all():
+            # An overflow that a fused optimizer leaves out on the device looks like this, too: whether
+            # it was one shows in the next forward.
+            self._doubtful = self._doubtful or (phase, look.layers[first])
+            return
         self._in_step = True
         if self._found is None:
-            # Backwards a layer comes the sooner the later it stands in the model.
-            places = np.flatnonzero(wrong)
-            first = int(places[-1] if phase == "backward" else places[0])
-            self._found = (phase, look.layers[first])
+            self._found = self._doubtful or (phase, look.layers[first])
             yield self._verdict(bad=True, value=float(values[first][~np.isfinite(values[first])][0]))
 
     def _verdict(self, *, bad: bool, value: float = 0.0) -> Verdict:
@@ -75,11 +83,14 @@ class _Nonfinite(Judge):
 
     def state_dict(self) -> dict[str, Any]:
         found = None if self._found is None else list(self._found)
-        return {"step": self._step, "found": found, "in_step": self._in_step}
+        doubtful = None if self._doubtful is None else list(self._doubtful)
+        return {"step": self._step, "found": found, "in_step": self._in_step, "doubtful": doubtful}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step, self._in_step = state["step"], state["in_step"]
         self._found = None if state["found"] is None else (state["found"][0], state["found"][1])
+        doubtful = state["doubtful"]
+        self._doubtful = None if doubtful is None else (doubtful[0], doubtful[1])
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,8 @@ def nonfinite_values(
     The topic is `alerts.nonfinite_values`; its value is the norm that was found, `meta["phase"]` the
     phase. Cost: the norms of all outputs and of the gradients at each look; without `"update"`, weights
     that an update spoilt show in the next forward. Overflows that GradScaler catches are no steps, and
-    are not told.
+    are not told; with a fused optimizer on a GPU, where only the device knows, gradients that are all NaN
+    are told in the next forward, if that is not finite.
 
     Args:
         phases: The phases to look at.

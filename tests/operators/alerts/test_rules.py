@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import streamlens as sl
 from streamlens.frame import Frame
 from streamlens.operators.alerts import Rule
+from streamlens.operators.alerts._rule import Look
 from tests.operators.support import frame, run
 
 ONCE: dict[str, Any] = {"every": 1, "start": (1, 1), "end": 1}
@@ -302,6 +304,27 @@ def test_nonfinite_values_end_with_a_step_in_which_everything_is_finite() -> Non
         (2, "end", "a", "forward"),
         (3, "start", "c", "backward"),
     ]
+
+
+def looked_at_on_a_device(*steps: dict[str, list[float]]) -> list[tuple[int, str, str]]:
+    """What is found in steps of a GPU run: the values of each phase, of layers a and b."""
+    topics = {"forward": "activations.norm2", "backward": "weight_gradients.norm2"}
+    judge = sl.nonfinite_values().judge()
+    return [
+        (step, verdict.layers[0], verdict.group)
+        for step, phases in enumerate(steps)
+        for phase, values in phases.items()
+        for verdict in judge.look(Look(topics[phase], step, ("a", "b"), np.array(values), (), True))
+        if verdict.bad.all()
+    ]
+
+
+def test_an_overflow_that_only_the_device_knows_of_is_told_only_if_it_reaches_the_next_forward() -> None:
+    fine, bad = [1.0, 1.0], [math.nan, math.nan]
+    overflow = {"forward": fine, "backward": bad}
+    assert looked_at_on_a_device(overflow, {"forward": fine, "backward": fine}, overflow) == []
+    assert looked_at_on_a_device(overflow, {"forward": bad, "backward": bad}) == [(1, "b", "backward")]
+    assert looked_at_on_a_device({"forward": fine, "backward": [math.nan, 1.0]}) == [(0, "a", "backward")]
 
 
 def progress(ratio: float, loss: float, *, until: int = 60) -> list[Frame]:
