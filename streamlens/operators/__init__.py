@@ -25,6 +25,7 @@ from streamlens.operators.alerts import (
 )
 from streamlens.operators.align import AlignedFrame, align, combine
 from streamlens.operators.cosine import cosine
+from streamlens.operators.dead_fraction import dead_fraction
 from streamlens.operators.diff import diff
 from streamlens.operators.distance_from_start import distance_from_start
 from streamlens.operators.effective_lr import effective_lr
@@ -42,6 +43,7 @@ from streamlens.operators.per_epoch import per_epoch
 from streamlens.operators.per_step import per_step
 from streamlens.operators.quantiles import median, percentile_bands, quantiles
 from streamlens.operators.ratio import ratio, uw_ratio
+from streamlens.operators.saturation import saturation
 from streamlens.operators.scan import scan
 from streamlens.operators.selection import between, every, layers, per_layer, rename, topic, where
 from streamlens.operators.sharpness import sharpness
@@ -66,6 +68,7 @@ from streamlens.operators.statistics import (
 )
 from streamlens.operators.test_accuracy import test_accuracy
 from streamlens.operators.train_accuracy import train_accuracy
+from streamlens.operators.unit_saturation import unit_saturation
 from streamlens.operators.when import when
 from streamlens.operators.window import window
 from streamlens.stream import Operator
@@ -81,6 +84,7 @@ __all__ = [
     "combine",
     "condition_number",
     "cosine",
+    "dead_fraction",
     "dead_units",
     "diff",
     "distance_from_start",
@@ -128,6 +132,7 @@ __all__ = [
     "rename",
     "rms",
     "saturated_units",
+    "saturation",
     "scan",
     "sharpness",
     "singular_values",
@@ -141,6 +146,7 @@ __all__ = [
     "total",
     "train_accuracy",
     "unchanged_weights",
+    "unit_saturation",
     "uw_ratio",
     "vanishing_gradients",
     "var",

@@ -157,7 +157,7 @@ def due_per_epoch(source: Observable[Frame], every: int | None) -> Observable[Fr
 
 def _of_the_whole(lens: Lens, topic: str) -> Lens:
     """A topic of the clock, which belongs to no layer."""
-    return Lens(lens.engine, lens.session, replace(lens.view, selectors=())).narrow(topics=(topic,))
+    return Lens(lens.source, lens.session, replace(lens.view, selectors=())).narrow(topics=(topic,))
 
 
 def on_model(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamlens.reductions import Reduction
 
-__all__ = ["DeadFraction", "UnitSaturation", "unit_dimension"]
+__all__ = ["DeadFraction", "UnitSaturation", "alive_units", "unit_dimension"]
 
 
 def unit_dimension(outputs: Tensor) -> int:
@@ -18,9 +18,30 @@ def unit_dimension(outputs: Tensor) -> int:
     return 1 if outputs.ndim >= 4 else outputs.ndim - 1
 
 
+def alive_units(outputs: Tensor, unit_dim: int | None = None) -> Tensor:
+    """Which units have an output other than zero, at least once; NaN is other than zero.
+
+    Args:
+        outputs: The outputs of a batch.
+        unit_dim: The dimension that counts the units; by the number of dimensions unless given.
+    """
+    other = outputs != 0
+    if outputs.ndim == 0:
+        return other.reshape(1)
+    units = unit_dimension(outputs) if unit_dim is None else unit_dim % outputs.ndim
+    others = [d for d in range(outputs.ndim) if d != units]
+    return other.any(dim=others) if others else other
+
+
 @dataclass(frozen=True)
 class DeadFraction(Reduction):
-    """The share of a layer's units whose output is zero for every example and place."""
+    """The share of a layer's units whose output is zero for every example and place.
+
+    Attributes:
+        unit_dim: The dimension that counts the units; by the number of dimensions if None.
+    """
+
+    unit_dim: int | None = None
 
     @property
     def name(self) -> str:
@@ -29,18 +50,12 @@ class DeadFraction(Reduction):
 
     def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shares in [0, 1]; NaN for an output without units or examples. NaN counts as alive."""
-        return torch.stack([_dead(tensor) for tensor in tensors])
+        return torch.stack([self._dead(tensor) for tensor in tensors])
 
-
-def _dead(outputs: Tensor) -> Tensor:
-    if outputs.numel() == 0:
-        return outputs.new_full((), torch.nan, dtype=torch.float32)
-    if outputs.ndim == 0:
-        return (outputs == 0).float()
-    units = unit_dimension(outputs)
-    others = [d for d in range(outputs.ndim) if d != units]
-    alive = (outputs != 0).any(dim=others) if others else outputs != 0
-    return 1 - alive.float().mean()
+    def _dead(self, outputs: Tensor) -> Tensor:
+        if outputs.numel() == 0:
+            return outputs.new_full((), torch.nan, dtype=torch.float32)
+        return 1 - alive_units(outputs, self.unit_dim).float().mean()
 
 
 @dataclass(frozen=True)

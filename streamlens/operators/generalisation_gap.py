@@ -106,7 +106,7 @@ def _with_tallies(source: Observable[Frame], scoring: Scoring, every: int | None
         return merged(source, tallied, (*as_stream(source).plan, "training batches"))
     when = as_stream(due_per_epoch(source, every))
     whole = replace(lens.view, topics=(), selectors=(), reduction=None, every=1)
-    tallies = training_tallies(Lens(lens.engine, lens.session, whole), scoring)
+    tallies = training_tallies(Lens(lens.source, lens.session, whole), scoring)
     return merged(tallies, [tallies, when], when.plan)
 
 

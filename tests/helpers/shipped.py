@@ -56,6 +56,10 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
     "combine": lambda lens, inputs, every: [
         (sl.combine(sl.norm("weights"), "loss", fn=torch.mul, name="product"),),
     ],
+    "dead_fraction": lambda lens, inputs, every: [
+        _raw(sl.dead_fraction(None)),
+        (sl.dead_fraction(window=2),),
+    ],
     "diff": lambda lens, inputs, every: [(sl.topic("weights"), sl.layers(nn.Module), sl.every(2), sl.diff())],
     "ema": lambda lens, inputs, every: [
         _raw(sl.norm(), sl.ema(0.5)),
@@ -102,6 +106,7 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
         (sl.reduce(lambda value: value.float().abs().sum(), "parameter_gradients", name="size"),),
     ],
     "rename": lambda lens, inputs, every: [(sl.norm("weights"), sl.rename("size of {}".format))],
+    "saturation": lambda lens, inputs, every: [(sl.saturation(window=2),)],
     "scan": lambda lens, inputs, every: [
         (sl.norm("weights"), sl.scan(lambda total, frame: total + frame.values)),
     ],
@@ -113,6 +118,7 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
     ],
     "test_accuracy": lambda lens, inputs, every: [(sl.test_accuracy([_batch(inputs)], every=every),)],
     "topic": lambda lens, inputs, every: [(sl.topic(topic),) for topic in EVERY_TOPIC],
+    "unit_saturation": lambda lens, inputs, every: [_raw(sl.unit_saturation(None, lower=0, upper=1))],
     "when": lambda lens, inputs, every: [(sl.norm("weights"), sl.when(_alarm(lens)))],
     "where": lambda lens, inputs, every: [(sl.topic("weights"), sl.where(lambda frame: frame.step > 0))],
     "window": lambda lens, inputs, every: [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,13 +13,13 @@ from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicE
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
-from streamlens.operators._merge import merged
-from streamlens.operators._units import DeadFraction, UnitSaturation
 from streamlens.operators.align import combine
+from streamlens.operators.dead_fraction import dead_fraction
 from streamlens.operators.per_step import per_step
 from streamlens.operators.ratio import divided, uw_ratio
 from streamlens.operators.selection import LayerPick, between, layers, topic
-from streamlens.operators.statistics import norm, reduction_operator, std
+from streamlens.operators.statistics import norm, std
+from streamlens.operators.unit_saturation import unit_saturation
 from streamlens.stream import Operator, Stream
 
 __all__ = [
@@ -135,24 +134,13 @@ def _with_gradient(source: Observable[Frame]) -> Stream:
 
 def _saturation() -> Operator:
     """The saturation of bounded activations, but for the model's last layer, which is meant to be near."""
-    of_unit = reduction_operator(UnitSaturation(0.0, 1.0), "activations", "unit_saturation")
-    of_sign = reduction_operator(UnitSaturation(-1.0, 1.0), "activations", "unit_saturation")
-    ways = (
-        chained(layers(nn.Sigmoid, nn.Hardsigmoid), of_unit),
-        chained(layers(nn.Tanh, nn.Hardtanh, nn.Softsign), of_sign),
-    )
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
-        found: list[Observable[Frame]] = []
-        for way in ways:
-            with contextlib.suppress(LayerNotFoundError):
-                found.append(way(source))
-        if not found:
-            raise LayerNotFoundError("no nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh or nn.Softsign")
+        found = unit_saturation()(source)
         if not isinstance(source, Lens):
-            return merged(source, found)
+            return found
         last = next(reversed(list(source.module_classes())), None)
-        return where_layers(merged(source, found), lambda name: name.partition("@")[0] != last)
+        return where_layers(found, lambda name: name.partition("@")[0] != last)
 
     return apply
 
@@ -166,7 +154,7 @@ DEAD_SHARES: Final = Input(
     "activations.dead_fraction",
     lambda: chained(
         layers(nn.ReLU, nn.ReLU6, nn.Threshold),
-        reduction_operator(DeadFraction(), "activations", "dead_fraction"),
+        dead_fraction(),
     ),
     micro_steps=True,
     remedy="the model has no nn.ReLU modules, whose outputs it looks at",
