@@ -31,7 +31,7 @@ def by_svd(rows: np.ndarray[Any, Any], share: float = 0.99) -> float:
     while held < share * squares.sum():
         held += float(squares[k])
         k += 1
-    return float(k) / rows.shape[1]
+    return k / float(rows.shape[1])
 
 
 def acts(step: int, values: dict[str, Tensor], **fields: Any) -> Frame:
