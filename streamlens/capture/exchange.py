@@ -48,6 +48,11 @@ class Exchange(Protocol):
     """What an engine asks of the processes that train together."""
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds for which other processes are waited for."""
+        ...
+
+    @property
     def active(self) -> bool:
         """Whether several processes train together."""
         ...
@@ -110,6 +115,7 @@ class Exchange(Protocol):
 class Alone:
     """An exchange with nobody."""
 
+    timeout: float | None = None
     active: bool = False
     writes: bool = True
     place: str = ""

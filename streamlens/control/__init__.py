@@ -2,7 +2,8 @@
 
 from streamlens.control.act import act
 from streamlens.control.bounds import Bounds
-from streamlens.control.controller import Controller, Decision
+from streamlens.control.controller import Controller
+from streamlens.control.decision import Decision
 from streamlens.control.gradients import GradientController
 from streamlens.control.ratio_lr import RatioLR
 from streamlens.control.schedules import Constant, ExponentialDecay, Schedule, scheduled

@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-import torch.distributed as dist
+from streamlens.distributed import Agreement, check_distributed
+from streamlens.errors import StreamlensError
 
-__all__ = ["agreed"]
+if TYPE_CHECKING:
+    from streamlens.control.decision import Decision
+    from streamlens.runtime import Runtime
 
-T = TypeVar("T")
+__all__ = ["Vote", "agreed", "agreement_of"]
+
+_agreements: Final[weakref.WeakKeyDictionary[Runtime, weakref.ref[Agreement]]] = weakref.WeakKeyDictionary()
+"""Controllers of one run share a group; it goes with the last of them."""
 
 
-def agreed(decision: T) -> T:
-    """Rank 0's decision, on every rank of the default process group; one's own without one.
+@dataclass(frozen=True)
+class Vote:
+    """What one rank makes of a frame.
 
-    A collective: every rank must come here, also one that has nothing to decide.
+    Attributes:
+        place: Which controller it is, and what it looked at.
+        held: Whether the frame was no input here.
+        decision: What it would do.
+    """
+
+    place: tuple[str, str, int]
+    held: bool
+    decision: Decision | None
+
+
+def agreement_of(runtime: Runtime, timeout: float | None) -> Agreement:
+    """What the controllers of a run agree through.
 
     Args:
-        decision: What this rank would do; anything that pickles.
+        runtime: The run.
+        timeout: Seconds to wait for other ranks; what the environment says if None.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return decision
-    box = [decision]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    reference = _agreements.get(runtime)
+    found = None if reference is None else reference()
+    if found is None:
+        found = Agreement("control", check_distributed(None, None)[1] if timeout is None else timeout)
+        _agreements[runtime] = weakref.ref(found)
+    return found
+
+
+def agreed(votes: Sequence[Vote], *, any_rank: bool) -> Decision | None:
+    """The one decision that follows from what each rank would do.
+
+    Args:
+        votes: By rank.
+        any_rank: Whether the first rank that would act has its way; else it is rank 0's alone, and
+            nothing is done where some rank had no input.
+
+    Raises:
+        StreamlensError: The ranks did not look at the same thing.
+    """
+    if not votes:
+        return None
+    if any(vote.place != votes[0].place for vote in votes):
+        seen = "; ".join(
+            f"rank {rank}: {vote.place[0]} on {vote.place[1]!r} of step {vote.place[2]}"
+            for rank, vote in enumerate(votes)
+        )
+        raise StreamlensError(
+            f"the ranks did not come to one decision ({seen}): end the same chains in the same controllers, "
+            "in the same order, on every rank"
+        )
+    if any_rank:
+        return next((vote.decision for vote in votes if vote.decision is not None), None)
+    return None if any(vote.held for vote in votes) else votes[0].decision

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from streamlens.control.controller import Controller, Decision
+from streamlens.control.controller import Controller
+from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from streamlens.control._rates import RateController, check_optimizer
 from streamlens.control.bounds import Bounds
-from streamlens.control.controller import Controller, Decision
+from streamlens.control.controller import Controller
+from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
 
 if TYPE_CHECKING:

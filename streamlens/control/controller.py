@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from reactivex.abc import DisposableBase, ObserverBase
 from reactivex.disposable import CompositeDisposable
 from reactivex.subject import Subject
@@ -17,70 +15,20 @@ from torch import nn
 from streamlens.capture.engine import Engine
 from streamlens.capture.source import Source
 from streamlens.chain import Chain, Ending
-from streamlens.control._agreement import agreed
+from streamlens.control._agreement import Vote, agreed, agreement_of
 from streamlens.control._attachment import ControllerAttachment
 from streamlens.control._claims import claim, release
+from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
-from streamlens.frame import Frame, Kind
+from streamlens.frame import Frame
 from streamlens.runtime import Runtime, default_runtime
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Controller", "Decision"]
+    from streamlens.distributed import Agreement
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What a controller is about to do. Plain data: rank 0 sends its own to all.
-
-    Attributes:
-        topic: The topic of the action's frame, such as `"learning_rate.action"`.
-        old: What is steered, as it is: a number for each layer, or for each component.
-        new: What it is to become.
-        cause: Why, as the end of a sentence: `"the loss has not fallen for 10 steps"`.
-        layers: The layers it is about; the model itself by default.
-        components: What the numbers are of where the layer is one and they are several.
-    """
-
-    topic: str
-    old: tuple[float, ...]
-    new: tuple[float, ...]
-    cause: str
-    layers: tuple[str, ...] = ("",)
-    components: tuple[str, ...] = ()
-
-    def frame(self, controller: str, step: int, epoch: int, source: str, *, dry_run: bool) -> Frame:
-        """The action as a frame: its values are the new ones, its `meta` says the rest."""
-        values = torch.tensor(self.new, dtype=torch.float64)
-        if self.components:
-            values = values.view(len(self.layers), len(self.components))
-        old, new = (numbers[0] if len(numbers) == 1 else numbers for numbers in (self.old, self.new))
-        what = self.topic.removesuffix(".action")
-        verb = "would set" if dry_run else "set"
-        text = f"{controller} {verb} {what} from {_shown(self.old)} to {_shown(self.new)}: {self.cause}"
-        meta = {"text": text, "cause": self.cause, "old": old, "new": new, "dry_run": dry_run}
-        return Frame(
-            self.topic,
-            step,
-            self.layers,
-            values,
-            epoch=epoch,
-            components=self.components,
-            meta=meta,
-            kind=Kind.EVENT,
-            source=source,
-        )
-
-
-def _shown(numbers: tuple[float, ...]) -> str:
-    if len(set(numbers)) == 1:
-        return f"{numbers[0]:.4g}"
-    return (
-        f"{min(numbers):.4g}..{max(numbers):.4g}"
-        if len(numbers) > 4
-        else ", ".join(f"{number:.4g}" for number in numbers)
-    )
+__all__ = ["Controller"]
 
 
 class _Links:
@@ -91,6 +39,7 @@ class _Links:
         self.actions: Subject[Frame] = Subject()
         self.runtime: Runtime | None = None
         self.attachment: ControllerAttachment | None = None
+        self.agreement: Agreement | None = None
         self.resources: CompositeDisposable = CompositeDisposable()
 
 
@@ -105,9 +54,12 @@ class Controller(Ending, ObserverBase[Frame]):
     Subclasses write `propose`, which looks at a frame and says what to do, and `apply`, which does it.
     Between them stand what all controllers have in common: a frame with a NaN or infinite value, or
     without a layer that was there before, is no input, and nothing happens; across the ranks of
-    `torch.distributed`'s default process group rank 0's decision is everybody's, so every rank must
-    subscribe the controller to the same chain; every action is a frame on `actions` and, on a lens, a
-    topic; with `dry_run=True` there are only these frames.
+    `torch.distributed` rank 0's decision is everybody's, and none is made where some rank had no input, so
+    every rank must subscribe the controller to the same chain; every action is a frame on `actions` and,
+    on a lens, a topic; with `dry_run=True` there are only these frames.
+
+    Ranks agree in a process group of their own, on the host. One that does not come within
+    `observe(distributed_timeout=)`, or looks at something else, makes the controller stand back.
 
     What stands in a controller's `__dict__` is its state: plain containers, numbers and tensors, saved
     and restored with the chain's by `lens.state_dict()`. Everything else goes into slots.
@@ -124,6 +76,8 @@ class Controller(Ending, ObserverBase[Frame]):
 
     needs_finite: ClassVar[bool] = True
     """Whether a frame that is not finite, or lacks a layer, is no input."""
+    any_rank: ClassVar[bool] = False
+    """Whether what any rank would do is done by all, the first one's; else it is rank 0's alone."""
 
     def __init__(self, *, dry_run: bool = False) -> None:
         self._links = _Links(dry_run=dry_run)
@@ -145,6 +99,10 @@ class Controller(Ending, ObserverBase[Frame]):
     @abstractmethod
     def apply(self, decision: Decision) -> None:
         """Do it. What is raised is reported, and training goes on."""
+
+    def concerns(self, frame: Frame) -> bool:
+        """Whether a frame is for this controller at all; the same on every rank."""
+        return True
 
     def note(self) -> Any:
         """What is to be remembered of the moment a frame came, for `propose`; plain data."""
@@ -197,18 +155,19 @@ class Controller(Ending, ObserverBase[Frame]):
         """What it is called in plans, reports and actions."""
         return type(self).__name__
 
-    def claim(self, what: str, optimizer: Optimizer | None) -> None:
+    def claim(self, what: str, optimizer: Optimizer | None, remedy: str = "") -> None:
         """Steer something of an optimizer (of all of the run's, without one) alone from now on.
 
         Args:
             what: What is steered, such as `"learning rate"`.
             optimizer: Whose.
+            remedy: How else it can do with another controller that steers it.
 
         Raises:
             StreamlensError: Another controller steers it.
         """
         if not self.dry_run:
-            claim(self, what, self.runtime, optimizer)
+            claim(self, what, self.runtime, optimizer, remedy)
 
     def hold(self, resource: DisposableBase) -> None:
         """Dispose something with the subscription."""
@@ -244,6 +203,8 @@ class Controller(Ending, ObserverBase[Frame]):
                 f"this {self.name} ends a chain already: make another one, or merge the chains into one"
             )
         links.runtime, links.resources = runtime, CompositeDisposable()
+        timeout = runtime.exchange.timeout if isinstance(runtime, Engine) else None
+        links.agreement = agreement_of(runtime, timeout)
         try:
             self.attached()
         except BaseException:
@@ -260,7 +221,7 @@ class Controller(Ending, ObserverBase[Frame]):
         """Called when its chain has ended."""
         links = self._links
         release(self)
-        links.runtime = links.attachment = None
+        links.runtime = links.attachment = links.agreement = None
         links.resources.dispose()
 
     # -- as the observer of an Observable that is no stream of ours ---------------------------
@@ -286,19 +247,39 @@ class Controller(Ending, ObserverBase[Frame]):
     def take(self, frame: Frame, noted: Any) -> None:
         """Decide and act; called by the attachment, with values on the host."""
         runtime = self._links.runtime
-        if runtime is None:
+        if runtime is None or not self.concerns(frame):
             return
         mine: Decision | None = None
-        if not self.standing_back and not (self.needs_finite and self._unfit(frame)):
+        held = self.needs_finite and not self.standing_back and self._unfit(frame)
+        if not self.standing_back and not held:
             mine = runtime.attempt(f"{self.name}.propose", self.propose, frame, noted)
-        # Also where nothing is proposed: every rank has to be there.
-        decision = agreed(mine)
+        self.conclude(frame, mine, held=held)
+
+    def conclude(self, frame: Frame, mine: Decision | None, *, held: bool = False) -> None:
+        """Do what all ranks agree on, also where nothing is proposed: every rank has to be there.
+
+        Args:
+            frame: What was looked at.
+            mine: What this rank would do.
+            held: Whether the frame was no input.
+        """
+        decision = self._agreed(Vote((self.name, frame.topic, frame.step), held, mine))
         if decision is None or decision.old == decision.new:
             return
+        runtime = self.runtime
         if not self.dry_run:
             runtime.attempt(f"{self.name}.apply", self.apply, decision)
         clock = runtime.clock if isinstance(runtime, Source) else frame
         self.announce(decision.frame(self.name, clock.step, clock.epoch, frame.source, dry_run=self.dry_run))
+
+    def _agreed(self, vote: Vote) -> Decision | None:
+        agreement = self._links.agreement
+        assert agreement is not None
+        try:
+            return agreed(agreement.gather(vote), any_rank=self.any_rank)
+        except StreamlensError as error:
+            self.stand_back(str(error))
+            return None
 
     def announce(self, action: Frame) -> None:
         """Deliver the frame of an action, on `actions` and to whoever selected its topic."""

@@ -11,7 +11,7 @@ from streamlens.control._rates import RateController
 from streamlens.control._steps import TOPIC as STEP_TOPIC
 from streamlens.control._steps import StepScaler, sizes_of
 from streamlens.control.bounds import Bounds
-from streamlens.control.controller import Decision
+from streamlens.control.decision import Decision
 from streamlens.control.schedules import Constant, Schedule
 from streamlens.errors import StreamlensError, did_you_mean
 

@@ -12,7 +12,7 @@ from streamlens.errors import StreamlensError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from streamlens.control.controller import Decision
+    from streamlens.control.decision import Decision
     from streamlens.frame import Frame
 
 __all__ = ["SetRate"]

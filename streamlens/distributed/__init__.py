@@ -8,10 +8,12 @@ every rank has the numbers of one process with the same global batch. Sinks writ
 The way of a message: `Ranks` (`exchange.py`) is what the engine asks to settle what it has computed;
 ranks find each other through the run's store (`meeting.py`), make a process group of their own
 (`group.py`), agree on what is subscribed on any of them, and from then on send one buffer an update
-(`wire.py`), in which numbers that add up share a place (`layout.py`).
+(`wire.py`), in which numbers that add up share a place (`layout.py`). Controllers agree on what to do in
+a group of theirs (`agreement.py`).
 """
 
+from streamlens.distributed.agreement import Agreement
 from streamlens.distributed.exchange import Ranks
 from streamlens.distributed.refusals import check_distributed, check_model
 
-__all__ = ["Ranks", "check_distributed", "check_model"]
+__all__ = ["Agreement", "Ranks", "check_distributed", "check_model"]

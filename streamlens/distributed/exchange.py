@@ -53,7 +53,7 @@ class Ranks:
 
     def __init__(self, engine: Engine, timeout: float) -> None:
         self._engine = engine
-        self._timeout = timeout
+        self.timeout = timeout
         self._rank = 0
         self._ranks = 0
         self._spread: tuple[Part, bool, bool] | None = None
@@ -252,7 +252,7 @@ class Ranks:
         if not self._meeting.come(step, asks=bool(self._asks)):
             self._look_for_others()
             return False
-        self._wire = Wire(Group(self._meeting.store, self._rank, self._ranks, self._timeout))
+        self._wire = Wire(Group(self._meeting.store, self._rank, self._ranks, self.timeout))
         self._meeting.leave()
         # Where others have not taken at this step what is asked for here, they have from the next on.
         return self._agree()
@@ -268,7 +268,7 @@ class Ranks:
             [(e.name, tuple(e.parameter.shape)) for e in entries],
         )
         digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:16]
-        return Meeting(_get_default_store(), digest, self._rank, self._ranks, self._timeout)
+        return Meeting(_get_default_store(), digest, self._rank, self._ranks, self.timeout)
 
     @property
     def _asks(self) -> tuple[View, ...]:
@@ -326,7 +326,7 @@ class Ranks:
 
     def _look_for_others(self) -> None:
         """Say so once if this process observes alone, though it can do so: what is whole goes on."""
-        late = time.monotonic() - self._since > self._timeout
+        late = time.monotonic() - self._since > self.timeout
         if self._told_alone or not late or self._meeting is None or self._engine.idle:
             return
         self._told_alone = True
@@ -334,7 +334,7 @@ class Ranks:
         if missing:
             self._engine.report(
                 StreamlensError(
-                    f"{self.place} observes the model, and after {self._timeout:g} s {named(missing)} not: "
+                    f"{self.place} observes the model, and after {self.timeout:g} s {named(missing)} not: "
                     "what every rank has whole goes on, and losses, activations and all else that takes all "
                     "ranks cannot be had. Call streamlens.observe(model) on every rank (sinks write on rank "
                     "0 alone by themselves), or observe(model, distributed=False) to look at this rank alone"

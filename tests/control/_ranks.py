@@ -1,10 +1,12 @@
-"""What one rank of `test_ranks` does: trains, and prints its rates and parameters."""
+"""What one rank of `test_ranks` does: trains under each controller, and prints what came of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,14 +17,16 @@ from streamlens import control
 from tests._runs import small_model, steps_of
 
 
-def main(rank: int, store: str, spoilt_rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def ratio(rank: int, *, spoilt_rank: int = -1, absent_rank: int = -1) -> dict[str, Any]:
+    """RatioLR, where at step 1 one rank sees NaN, or one has no controller."""
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    lens = sl.observe(model, on_error="raise")
+    lens = sl.observe(model, distributed_timeout=2.0 if absent_rank >= 0 else 60.0)
+    reports: list[str] = []
+    lens.errors.subscribe(lambda report: reports.append(str(report)))
 
     def local(updates: Tensor, weights: Tensor) -> Tensor:
-        # Each rank sees ratios of its own; at step 1 one of them sees NaN.
+        # Each rank sees ratios of its own.
         spoilt = math.nan if rank == spoilt_rank and lens.current_step == 1 else 0.0
         return updates / weights * (1 + rank) + spoilt
 
@@ -30,13 +34,29 @@ def main(rank: int, store: str, spoilt_rank: int) -> None:
     controller = control.RatioLR(mode="current", target=1e-2)
     steps: list[int] = []
     controller.actions.subscribe(lambda frame: steps.append(frame.step))
-    lens.pipe(chain).subscribe(controller)
+    if rank != absent_rank:
+        lens.pipe(chain).subscribe(controller)
     rates = [optimizer.param_groups[0]["lr"] for _ in steps_of(model, optimizer, 4)]
     weights = [p.detach().flatten().tolist() for p in model.parameters()]
-    print(json.dumps({"rates": rates, "steps": steps, "weights": weights}))
+    if absent_rank >= 0:
+        dist.barrier()
     lens.close()
+    return {"rates": rates, "steps": steps, "weights": weights, "reports": reports}
+
+
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "ratio": ratio,
+    "ratio, NaN on rank 0": lambda rank: ratio(rank, spoilt_rank=0),
+    "ratio, NaN on rank 1": lambda rank: ratio(rank, spoilt_rank=1),
+    "ratio, none on rank 1": lambda rank: ratio(rank, absent_rank=1),
+}
+
+
+def main(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    print(json.dumps({name: scenario(rank) for name, scenario in SCENARIOS.items()}))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2])

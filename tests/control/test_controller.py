@@ -152,6 +152,27 @@ def test_controllers_of_two_optimizers_do_not_meet() -> None:
     lens.close()
 
 
+def test_two_controllers_of_one_rate_meet_also_where_their_streams_are_of_two_runs() -> None:
+    model, optimizer, lens = observed()
+    of_a_part = sl.observe(model[0])  # type: ignore[index]
+    source: Subject[Frame] = Subject()
+    first = lens.pipe(sl.uw_ratio()).subscribe(control.RatioLR())
+    with pytest.raises(sl.StreamlensError, match="SetRate would steer the learning rate that RatioLR steers"):
+        control.SetRate(optimizer).attach(sl.runtime.Runtime(), sl.chain.Chain("x", "x"))
+    with pytest.raises(sl.StreamlensError, match="RatioLR would steer the learning rate that RatioLR steers"):
+        of_a_part.pipe(sl.uw_ratio()).subscribe(control.RatioLR())
+    other = torch.optim.SGD(small_model().parameters(), lr=0.1)
+    lens.pipe(sl.uw_ratio()).subscribe(control.RatioLR(dry_run=True))
+    source.subscribe(control.SetRate(other))
+    source.on_next(Frame("x", 0, ("a",), torch.tensor([0.5])))
+    assert other.param_groups[0]["lr"] == 0.5
+    source.on_completed()
+    first.dispose()
+    of_a_part.pipe(sl.uw_ratio()).subscribe(control.RatioLR())
+    of_a_part.close()
+    lens.close()
+
+
 def test_one_controller_ends_one_chain_and_is_free_again_after_it() -> None:
     model, _, lens = observed()
     controller = control.RatioLR()

@@ -1,4 +1,4 @@
-"""Two gloo ranks take one decision, rank 0's, also when only one of them sees a NaN."""
+"""Two gloo ranks take one decision, also when only one of them sees a NaN, or is not there."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch.distributed as dist
 
 SCRIPT = Path(__file__).with_name("_ranks.py")
 
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-def run(store: Path, spoilt_rank: int) -> list[dict[str, Any]]:
-    root = SCRIPT.parents[2]
+Outcomes: TypeAlias = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What came of every scenario, by rank."""
+    root, store = SCRIPT.parents[2], tmp_path_factory.mktemp("ranks") / "store"
     bootstrap = "import runpy, sys; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; "
     bootstrap += "runpy.run_path(sys.argv[0], run_name='__main__')"
     ranks = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                bootstrap,
-                str(root),
-                str(SCRIPT),
-                str(rank),
-                str(store),
-                str(spoilt_rank),
-            ],
+            [sys.executable, "-c", bootstrap, str(root), str(SCRIPT), str(rank), str(store)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -41,15 +38,34 @@ def run(store: Path, spoilt_rank: int) -> list[dict[str, Any]]:
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    return {name: [first[name], second[name]] for name in first}
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize(("spoilt_rank", "acted"), [(1, [0, 1, 2, 3]), (0, [0, 2, 3])])
-def test_both_ranks_act_alike_whichever_of_them_sees_a_nan(
-    tmp_path: Path, spoilt_rank: int, acted: list[int]
+@pytest.mark.parametrize(
+    ("scenario", "acted"),
+    [
+        ("ratio", [0, 1, 2, 3]),
+        ("ratio, NaN on rank 0", [0, 2, 3]),
+        ("ratio, NaN on rank 1", [0, 2, 3]),
+    ],
+)
+def test_a_nan_on_any_rank_holds_the_decision_on_both(
+    outcomes: Outcomes, scenario: str, acted: list[int]
 ) -> None:
-    first, second = run(tmp_path / "store", spoilt_rank)
+    first, second = outcomes[scenario]
     assert first == second
     assert first["steps"] == acted
     assert len(set(first["rates"])) == len(acted)
+
+
+def test_a_rank_without_the_controller_makes_it_stand_back_in_time_and_training_goes_on(
+    outcomes: Outcomes,
+) -> None:
+    first, second = outcomes["ratio, none on rank 1"]
+    assert first["rates"] == second["rates"] == [0.1] * 4
+    assert first["weights"] == second["weights"]
+    assert first["steps"] == []
+    (report,) = first["reports"]
+    assert "RatioLR stands back: rank 0 lost the other ranks" in report
+    assert "within the 2 s of observe(distributed_timeout=)" in report
