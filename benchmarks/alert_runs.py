@@ -221,12 +221,14 @@ class Broken:
         scenario: The run.
         since: The step at which it breaks.
         within: Steps within which the rule has to say so.
+        misses: In how many of ten seeds it may fail to, for a reason that is known.
     """
 
     how: str
     scenario: Scenario
     since: int = 0
     within: int = 50
+    misses: int = 0
 
     @property
     def until(self) -> int:
@@ -358,7 +360,8 @@ BROKEN: Final[Mapping[str, Sequence[Broken]]] = {
         Broken("the rate times 1,000 at step 200", _LONGER(each=_rate_times(1e3, 200)), 200, 50),
     ),
     "loss_spike": (
-        Broken("inputs times 30 at step 200", _LONGER(each=_inputs_times(30.0, 200, 201)), 200, 2),
+        # A network may have learned so well that this costs it less than 0.4 of the loss at the start.
+        Broken("inputs times 30 at step 200", _LONGER(each=_inputs_times(30.0, 200, 201)), 200, 2, misses=2),
         Broken("the rate times 300 at step 200", _LONGER(each=_rate_times(300.0, 200)), 200, 10),
     ),
     "loss_not_decreasing": (

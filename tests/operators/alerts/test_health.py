@@ -354,6 +354,9 @@ def test_is_silent_on_ordinary_training_over_ten_seeds(name: str) -> None:
     ids=lambda v: getattr(v, "how", v),
 )
 def test_says_in_time_what_is_broken_over_ten_seeds(rule: str, case: Broken) -> None:
+    missed = []
     for seed in range(10):
         found = [f.step for f in alerts_of(case.scenario, seed) if f.meta["rule"] == rule]
-        assert any(case.since <= step <= case.until for step in found), seed
+        if not any(case.since <= step <= case.until for step in found):
+            missed.append(seed)
+    assert len(missed) <= case.misses, missed
