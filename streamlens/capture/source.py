@@ -131,9 +131,9 @@ class Source(Provider):
         if view.gates:
             gate, *others = view.gates
             inner = replace(view, gates=tuple(others))
-            # Of what is open a part has gone by already.
             return gate.connect(
-                lambda: self.subscribe_view(replace(inner, start=max(inner.start, self.next_step)), deliver)
+                lambda first: self.subscribe_view(replace(inner, start=max(inner.start, first)), deliver),
+                lambda: self.next_step,
             )
         demand = Demand(view, deliver, current_chain.get(), self.resolve(view))
         derived = [

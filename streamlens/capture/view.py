@@ -25,11 +25,14 @@ class Gate(Protocol):
         """How it shows in a plan."""
         ...
 
-    def connect(self, connect: Callable[[], DisposableBase]) -> DisposableBase:
+    def connect(
+        self, connect: Callable[[int], DisposableBase], next_step: Callable[[], int]
+    ) -> DisposableBase:
         """Call `connect` whenever the view is to be asked for, and dispose of what it gives when not.
 
         Args:
-            connect: Asks for the view.
+            connect: Asks for the view, from a step on.
+            next_step: The first step of which nothing has been taken yet.
 
         Returns:
             What ends all of it.

@@ -77,15 +77,25 @@ class _Alerts(Node):
 class _Switch(_Alerts):
     """Subscribes a lens while an alert is open."""
 
-    def __init__(self, connect: Callable[[], abc.DisposableBase], chain: Chain | None) -> None:
+    def __init__(
+        self,
+        connect: Callable[[int], abc.DisposableBase],
+        next_step: Callable[[], int],
+        chain: Chain | None,
+    ) -> None:
         super().__init__()
         self._connect = connect
+        self._next_step = next_step
         self._chain = chain
         self._connected = False
+        self._first = 0
         self.connection = SerialDisposable()
 
     def take(self, alert: Frame) -> None:
         super().take(alert)
+        if self.on and not self._connected:
+            # Of the step that is open a part has gone by already.
+            self._first = self._next_step()
         self._follow()
 
     def _follow(self) -> None:
@@ -98,12 +108,16 @@ class _Switch(_Alerts):
         # What is captured from now on is this chain's, whoever sent the alert.
         token = current_chain.set(self._chain)
         try:
-            self.connection.disposable = self._connect()
+            self.connection.disposable = self._connect(self._first)
         finally:
             current_chain.reset(token)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "first": self._first}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        self._first = state["first"]
         self._follow()
 
 
@@ -117,9 +131,11 @@ class _Gate:
     def plan(self) -> str:
         return f"when({self.alerts.plan_text})"
 
-    def connect(self, connect: Callable[[], abc.DisposableBase]) -> abc.DisposableBase:
+    def connect(
+        self, connect: Callable[[int], abc.DisposableBase], next_step: Callable[[], int]
+    ) -> abc.DisposableBase:
         chain = current_chain.get()
-        switch = _Switch(connect, chain)
+        switch = _Switch(connect, next_step, chain)
         switch.plan = self.plan
         switch.running = True
         if chain is not None:

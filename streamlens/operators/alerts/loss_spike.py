@@ -7,15 +7,19 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from streamlens.operators._base import is_whole
 from streamlens.operators.alerts._inputs import LOSS, Input
 from streamlens.operators.alerts._losses import Tracked
 from streamlens.operators.alerts._rule import Judge, Rule, Verdict, number
 
 __all__ = ["loss_spike"]
+
+_LEAST: Final = 20
+"""Looks that there must have been before one is judged."""
 
 
 class _Recent:
@@ -65,7 +69,7 @@ class _Spike(Tracked):
         recent = self._recent.get(name)
         if recent is None:
             recent = self._recent[name] = _Recent(self._window)
-        if len(recent) < 20:
+        if len(recent) < _LEAST:
             track.take(loss)
             recent.append(loss)
             return None
@@ -108,7 +112,8 @@ class _LossSpike(Rule):
     name: ClassVar[str] = "loss_spike"
 
     def check(self) -> None:
-        self.check_count(window=self.window)
+        if not is_whole(self.window) or self.window < _LEAST:
+            raise ValueError(f"loss_spike(window={self.window!r}): a whole number from {_LEAST} on")
         self.check_positive(share=self.share, factor=self.factor)
 
     def inputs(self) -> tuple[Input, ...]:
@@ -152,7 +157,7 @@ def loss_spike(
     itself, named in `meta["of"]`. Cost: one number a step. NaN and inf are left out.
 
     Args:
-        window: Looks that the loss is compared with.
+        window: Looks that the loss is compared with, at least 20.
         share: How far above their median it may be, in shares of the loss at the start.
         factor: How many times as far above their median as the largest of them it may be.
         every: Looks at steps divisible by this.

@@ -323,6 +323,7 @@ def test_equal_rules_are_equal_and_say_in_the_plan_what_is_not_the_default() -> 
         (lambda: sl.exploding_gradients(factor=-1), r"exploding_gradients\(factor=-1\): a number above 0"),
         (lambda: sl.loss_not_decreasing(patience=0), r"patience=0\): a whole number from 1 on"),
         (lambda: sl.ratio_out_of_band(band=(1.0, 0.1)), r"band=\(1.0, 0.1\)\): \(lower, upper\)"),
+        (lambda: sl.loss_spike(window=19), r"loss_spike\(window=19\): a whole number from 20 on"),
         (lambda: sl.nonfinite_values(phases=("forwards",)), r"no phase 'forwards'"),
         (lambda: sl.health(without=["dead_unit"]), r"no rule 'dead_unit': did you mean 'dead_units'"),
         (lambda: sl.health(sl.dead_units(), sl.dead_units()), r"given two rules dead_units"),
