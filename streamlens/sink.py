@@ -63,9 +63,11 @@ class Sink(ObserverBase[Frame], ABC):
     none. What it raises in the end is reported, and training goes on.
 
     Attributes:
-        capacity: How many frames may be queued. A full queue holds the run up for 50 ms in all,
-            then drops its oldest frames, counted, until it has drained.
-        max_bytes: How many bytes of values may be queued, likewise.
+        capacity: How many frames may be queued, those in a write under way included: a write is
+            given half of them at most. A full queue holds the run up for 50 ms in all, then drops
+            its oldest frames, counted, until it has drained.
+        max_bytes: How many bytes of values may be queued, likewise. One frame may always wait,
+            however large it is.
         max_latency: Seconds that a frame may wait before the worker takes it.
         retries: How often a failed write is tried again before its frames are given up.
         kinds: What the sink can show. Frames of another kind are left out, counted as dropped and

@@ -10,12 +10,12 @@ from typing import Final
 
 from streamlens.delivery import process
 from streamlens.delivery.claims import Claims
-from streamlens.delivery.items import Item, Session, SinkStats, refusal
+from streamlens.delivery.items import Item, Session, SinkStats, Writer, refusal
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.sink import RunInfo, Sink
 
-__all__ = ["Channel", "Writer"]
+__all__ = ["Channel"]
 
 _PATIENCE: Final = 0.05
 """Seconds that a full queue may hold the training thread up, until it has drained."""
@@ -25,16 +25,6 @@ _BACK_OFF: Final = 0.02
 """Seconds before the first retry; doubled for each one after it."""
 _SHORTEST_WAIT: Final = 0.001
 """Seconds that a worker sleeps at least, however small its sink's `max_latency`."""
-
-
-class Writer:
-    """A chain that ends in a channel."""
-
-    __slots__ = ("chain", "session")
-
-    def __init__(self, chain: str, session: Session) -> None:
-        self.chain = chain
-        self.session = session
 
 
 class Channel:
@@ -55,7 +45,7 @@ class Channel:
         self._done = threading.Condition(self._lock)
         self._queue: deque[Item] = deque()
         self._nbytes = 0
-        self._in_write = 0
+        self._in_write = self._in_write_nbytes = 0
         self._emitted = self._written = self._dropped = self._failed = 0
         self._last_error: Exception | None = None
         self._patience = _PATIENCE
@@ -130,7 +120,7 @@ class Channel:
                 return rival
             if self._thread is None:
                 self._start(item.session)
-            if len(self._queue) >= sink.capacity or self._nbytes + item.nbytes > sink.max_bytes:
+            if not self._roomy(item.nbytes):
                 self._make_room(item.nbytes)
             self._queue.append(item)
             self._nbytes += item.nbytes
@@ -228,9 +218,10 @@ class Channel:
         process.worker_started(self)
 
     def _roomy(self, nbytes: int) -> bool:
-        return not self._queue or (
-            len(self._queue) < self.sink.capacity and self._nbytes + nbytes <= self.sink.max_bytes
-        )
+        # What is being written takes room too: a write may hang for ever.
+        frames = len(self._queue) + self._in_write
+        held = self._nbytes + self._in_write_nbytes
+        return not self._queue or (frames < self.sink.capacity and held + nbytes <= self.sink.max_bytes)
 
     def _make_room(self, nbytes: int) -> None:
         if self._patience > 0 and threading.current_thread() is not self._thread and self._queue:
@@ -277,7 +268,7 @@ class Channel:
         """Write the frames that were queued when this round began."""
         wrote = False
         while pending > 0:
-            batch = self._take(min(pending, _BATCH), hurry)
+            batch = self._take(min(pending, _BATCH, max(1, self.sink.capacity // 2)), hurry)
             if not batch:
                 break
             pending -= len(batch)
@@ -285,18 +276,22 @@ class Channel:
         return wrote
 
     def _take(self, most: int, hurry: bool) -> list[Item]:
-        """The oldest frames of one session that are on their way to the host."""
+        """The oldest frames of one session on their way to the host: half of what may wait, at most."""
         batch: list[Item] = []
         with self._lock:
+            nbytes = 0
             while self._queue and len(batch) < most:
                 item = self._queue[0]
                 if batch and item.session is not batch[0].session:
                     break
+                if batch and nbytes + item.nbytes > self.sink.max_bytes // 2:
+                    break
                 if not (hurry or item.ticket is None or item.ticket.ready(self.sink.max_latency)):
                     break
                 batch.append(self._queue.popleft())
-                self._nbytes -= item.nbytes
-            self._in_write = len(batch)
+                nbytes += item.nbytes
+            self._nbytes -= nbytes
+            self._in_write, self._in_write_nbytes = len(batch), nbytes
             self._done.notify_all()
         return batch
 
@@ -385,6 +380,9 @@ class Channel:
             self._dropped += dropped + failed
             self._failed += failed
             self._in_write -= written + dropped + failed
+            if not self._in_write:
+                self._in_write_nbytes = 0
+                self._done.notify_all()
 
     def _fail(self, error: Exception, session: Session) -> None:
         self._last_error = error

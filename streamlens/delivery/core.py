@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from reactivex.abc import DisposableBase, ObserverBase
 
 from streamlens.delivery import process
-from streamlens.delivery.channel import Channel, Writer
-from streamlens.delivery.items import Item, SinkStats
+from streamlens.delivery.channel import Channel
+from streamlens.delivery.items import Item, SinkStats, Writer
 from streamlens.delivery.transfer import Burst, Ticket, on_host
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame

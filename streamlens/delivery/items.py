@@ -13,7 +13,7 @@ from streamlens.sink import ALL_KINDS, RunInfo, Sink, value_kinds
 if TYPE_CHECKING:
     from streamlens.delivery.transfer import Ticket
 
-__all__ = ["Item", "Session", "SinkStats", "labelled", "refusal"]
+__all__ = ["Item", "Session", "SinkStats", "Writer", "labelled", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ class Session:
         if self._info is None:
             self._info = self._run()
         return self._info
+
+
+class Writer:
+    """A chain that ends in a channel."""
+
+    __slots__ = ("chain", "session")
+
+    def __init__(self, chain: str, session: Session) -> None:
+        self.chain = chain
+        self.session = session
 
 
 @dataclass(slots=True)
