@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from streamlens.capture.interventions import Interventions
 from streamlens.capture.optimizers import OptimizerInfo
 from streamlens.capture.ownership import Ownership
 from streamlens.capture.pace import Pace
@@ -25,7 +26,6 @@ from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
-    from streamlens.capture.model import ParameterEntry
 
 __all__ = ["UpdateCapture"]
 
@@ -66,8 +66,7 @@ class UpdateCapture:
         self._unowned = Unowned()
         self._manual: OptimizerInfo | None = None
         self.pace = Pace(engine)
-        self.interventions: list[Callable[[Optimizer, Sequence[ParameterEntry]], None]] = []
-        """What acts on gradients before an update consumes them, and before they are taken."""
+        self.interventions = Interventions(engine)
 
     def _failed(self, where: Hashable, error: Exception) -> None:
         """Report what failed; a parameter given by its place in the model is named."""
@@ -119,6 +118,7 @@ class UpdateCapture:
         self._parameters.drop_copies()
         self.partners.drop()
         self.owners.drop()
+        self.interventions.drop()
         if self._call is not None and self._call.lease is not None:
             self._call.lease.end()
         self._call = None
@@ -170,9 +170,9 @@ class UpdateCapture:
                     call.skipped = bool(found.item() > 0)
                 else:
                     call.overflow = found
-            if call.skipped or engine.silent:
+            if call.skipped:
                 return
-            if self._due():
+            if self._due() and not engine.silent:
                 self._prepare(call)
             if closure is None:
                 self._consume(call, optimizer)
@@ -195,8 +195,7 @@ class UpdateCapture:
 
     def _consume(self, call: _Call, optimizer: Optimizer) -> None:
         """The gradients are those of this update: controllers act on them, then they are taken."""
-        for intervene in tuple(self.interventions):
-            self._engine.guard(intervene, optimizer, call.info.entries)
+        self.interventions.before(optimizer, call.info.entries)
         self._take_gradients(call, optimizer)
 
     def _due(self) -> bool:
@@ -236,7 +235,7 @@ class UpdateCapture:
         if isinstance(result, Tensor) and not engine.losses.watched and engine.clock.counted:
             engine.losses.take_if_none("loss", result)
         engine.passes.flush()
-        if call.gradients is None and not engine.silent:
+        if call.gradients is None:
             self._consume(call, optimizer)
 
     def _take_gradients(self, call: _Call, optimizer: Optimizer | None) -> None:
@@ -261,6 +260,7 @@ class UpdateCapture:
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer that owns parameters has updated them."""
         self._engine.threads.update_ends()
+        self.interventions.after()
         call, self._call = self._call, None
         info = self.owners.get(optimizer)
         if info is None:

@@ -2,8 +2,10 @@
 
 from streamlens.control.act import act
 from streamlens.control.bounds import Bounds
+from streamlens.control.clip_at import ClipAt
 from streamlens.control.controller import Controller
 from streamlens.control.decision import Decision
+from streamlens.control.fixed_ratio import FixedRatio
 from streamlens.control.gradients import GradientController
 from streamlens.control.ratio_lr import RatioLR
 from streamlens.control.schedules import Constant, ExponentialDecay, Schedule, scheduled
@@ -11,10 +13,12 @@ from streamlens.control.set_rate import SetRate
 
 __all__ = [
     "Bounds",
+    "ClipAt",
     "Constant",
     "Controller",
     "Decision",
     "ExponentialDecay",
+    "FixedRatio",
     "GradientController",
     "RatioLR",
     "Schedule",

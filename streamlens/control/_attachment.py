@@ -82,7 +82,12 @@ class ControllerAttachment(ObserverBase[Frame]):
         return (*found, "dry run") if self._controller.dry_run else tuple(found)
 
     def on_next(self, frame: Frame) -> None:
-        """Receive a frame; the controller acts once everything of this burst is delivered."""
+        """Receive a frame of the chain."""
+        if self._controller.takes_frames:
+            self.receive(frame)
+
+    def receive(self, frame: Frame) -> None:
+        """Receive an input; the controller acts once everything of this burst is delivered."""
         noted = self._controller.note()
         if lagging(frame):
             earlier, self._on_its_way = self._on_its_way, _Copied(frame, noted)

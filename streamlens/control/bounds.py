@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 __all__ = ["Bounds"]
 
 
@@ -48,3 +51,16 @@ class Bounds:
         if self.slew is not None:
             wanted = min(max(wanted, old / self.slew), old * self.slew)
         return min(max(wanted, self.low), self.high)
+
+    def limit_each(self, old: Tensor, wanted: Tensor) -> Tensor:
+        """What `limit` gives, for each element of tensors, where they are: nothing waits for a device.
+
+        Args:
+            old: The values now.
+            wanted: The values wanted.
+        """
+        limited = wanted
+        if self.slew is not None:
+            limited = torch.minimum(torch.maximum(limited, old / self.slew), old * self.slew)
+        limited = limited.clamp(self.low, self.high)
+        return torch.where(wanted.isfinite() & old.isfinite(), limited, old)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from reactivex.abc import DisposableBase, ObserverBase
 from reactivex.disposable import CompositeDisposable
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from streamlens.distributed import Agreement
 
 __all__ = ["Controller"]
+
+T = TypeVar("T")
 
 
 class _Links:
@@ -78,6 +80,8 @@ class Controller(Ending, ObserverBase[Frame]):
     """Whether a frame that is not finite, or lacks a layer, is no input."""
     any_rank: ClassVar[bool] = False
     """Whether what any rank would do is done by all, the first one's; else it is rank 0's alone."""
+    takes_frames: ClassVar[bool] = True
+    """Whether the frames of its chain are its input."""
 
     def __init__(self, *, dry_run: bool = False) -> None:
         self._links = _Links(dry_run=dry_run)
@@ -110,6 +114,16 @@ class Controller(Ending, ObserverBase[Frame]):
 
     def attached(self) -> None:
         """A chain has been ended in this; raise here what must fail at `subscribe`."""
+
+    def moment(self, frame: Frame) -> tuple[int, int]:
+        """The step and the epoch of an action.
+
+        Args:
+            frame: What it was decided on.
+        """
+        runtime = self._links.runtime
+        clock = runtime.clock if isinstance(runtime, Source) else frame
+        return clock.step, clock.epoch
 
     # -- what they may use -------------------------------------------------------------------
 
@@ -269,17 +283,29 @@ class Controller(Ending, ObserverBase[Frame]):
         runtime = self.runtime
         if not self.dry_run:
             runtime.attempt(f"{self.name}.apply", self.apply, decision)
-        clock = runtime.clock if isinstance(runtime, Source) else frame
-        self.announce(decision.frame(self.name, clock.step, clock.epoch, frame.source, dry_run=self.dry_run))
+        self.announce(decision.frame(self.name, *self.moment(frame), frame.source, dry_run=self.dry_run))
 
     def _agreed(self, vote: Vote) -> Decision | None:
-        agreement = self._links.agreement
-        assert agreement is not None
         try:
-            return agreed(agreement.gather(vote), any_rank=self.any_rank)
+            return agreed(self.gathered(vote), any_rank=self.any_rank)
         except StreamlensError as error:
             self.stand_back(str(error))
             return None
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether there is anybody to agree with."""
+        return self._links.agreement is not None and self._links.agreement.needed
+
+    def gathered(self, answer: T) -> list[T]:
+        """What each rank says, by rank: a collective, which every rank must come to; empty without them."""
+        agreement = self._links.agreement
+        assert agreement is not None
+        try:
+            return agreement.gather(answer)
+        except StreamlensError as error:
+            self.stand_back(str(error))
+            return []
 
     def announce(self, action: Frame) -> None:
         """Deliver the frame of an action, on `actions` and to whoever selected its topic."""
@@ -290,11 +316,26 @@ class Controller(Ending, ObserverBase[Frame]):
 
     def _unfit(self, frame: Frame) -> bool:
         """Whether a frame is no input; counted."""
-        layers = set(frame.layers)
-        missing = not layers or any(layers < set(known) for known in self._seen)
-        if missing or not all(bool(value.isfinite().all()) for _, value in frame.items()):
+        if self.lacks(frame.layers) or not all(bool(v.isfinite().all()) for _, v in frame.items()):
             self.held += 1
             return True
-        if not any(layers == set(known) for known in self._seen):
-            self._seen.append(list(frame.layers))
+        self.remember(frame.layers)
         return False
+
+    def lacks(self, layers: Iterable[str]) -> bool:
+        """Whether there is no layer, or one is missing that came with these before and is still trained."""
+        present = set(layers)
+        if not present:
+            return True
+        missing = [set(known) - present for known in self._seen if present < set(known)]
+        withheld = set() if self.engine is None else self.engine.updates.interventions.withheld
+        if not missing or not withheld:
+            return bool(missing)
+        assert self.engine is not None
+        trained = [entry for entry in self.engine.index.entries if entry.name not in withheld]
+        return any(entry.layer in gone or entry.name in gone for gone in missing for entry in trained)
+
+    def remember(self, layers: Sequence[str]) -> None:
+        """Note the layers that came together."""
+        if not any(set(layers) == set(known) for known in self._seen):
+            self._seen.append(list(layers))

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from reactivex.disposable import Disposable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from streamlens.capture.sharded import WHOLE, local, part_of
+from streamlens.control._rates import check_optimizer
 from streamlens.control.controller import Controller
+from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
+from streamlens.frame import Frame, Kind
+from streamlens.reductions import Statistic, summarise
+from streamlens.reductions.elements import double_where_known
 
 if TYPE_CHECKING:
     from streamlens.capture.model import ParameterEntry
 
 __all__ = ["GradientController"]
 
+_SQUARES = Statistic("sum_of_squares")
+
 
 class GradientController(Controller):
     """A controller that scales gradients as they stand when the update is called.
 
-    It acts on the device, without lag and without waiting for it; what `weight_gradients` shows is what
-    remains after it. Under a closure it acts when the first evaluation in a step has returned. An update
-    that a GradScaler skips is none. The frames of the chain that it ends come after the update, as for
-    any controller; `propose` and `apply` may leave them aside.
+    Its input is the gradients, at every update, whatever chain of the lens it ends: the frames of that
+    chain are left aside, and with its subscription it ends. It acts on the device, without lag and without
+    waiting for it; what `weight_gradients` shows is what remains after it. Under a closure it acts when
+    the first evaluation in a step has returned. An update that a GradScaler skips is none.
 
-    Subclasses write `scales`. With `dry_run=True` its result is not applied.
+    Subclasses write `scales`. What they hand to `record` there comes back to `propose` as a frame, with
+    values on the host, a fixed lag later on a device, and what `propose` makes of it is the action that is
+    announced, under the step at which it was done. With `dry_run=True` the scales are not applied. Across
+    ranks rank 0's scales are everybody's.
+
+    Args:
+        optimizer: Before whose updates it acts; those of all optimizers of the observed model if None.
+        dry_run: Only say what would be done.
+
+    Raises:
+        TypeError: `optimizer` is none.
     """
 
-    __slots__ = ()
+    __slots__ = ("_optimizer", "_record")
+
+    takes_frames: ClassVar[bool] = False
+    needs_finite: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Optimizer | None = None, *, dry_run: bool = False) -> None:
+        super().__init__(dry_run=dry_run)
+        check_optimizer(self.name, optimizer)
+        self._optimizer = optimizer
+        self._record: Frame | None = None
 
     @abstractmethod
     def scales(self, gradients: Mapping[str, Tensor], optimizer: Optimizer) -> Mapping[str, Tensor]:
@@ -46,11 +75,52 @@ class GradientController(Controller):
             A tensor with one element for each parameter whose gradient is to be scaled.
         """
 
+    def propose(self, frame: Frame, noted: Any) -> Decision | None:
+        """What was done, from the numbers that were recorded."""
+        return None
+
+    def apply(self, decision: Decision) -> None:
+        """It has been done, before the update."""
+
+    def moment(self, frame: Frame) -> tuple[int, int]:
+        """The step at which it acted, also where the numbers come later."""
+        return frame.step, frame.epoch
+
+    def record(self, layers: Sequence[str], values: Tensor) -> None:
+        """Have `propose` look at numbers of this update, once they are on the host.
+
+        Args:
+            layers: What they are of.
+            values: The numbers, a row for each layer, on any device.
+        """
+        engine = self.engine
+        assert engine is not None
+        self._record = engine.frame(self.name, tuple(layers), values, kind=Kind.EVENT)
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of each tensor, in double precision where the device has it.
+
+        Raises:
+            StreamlensError: This process holds only a part of one.
+        """
+        if any(part_of(tensor) != WHOLE for tensor in tensors):
+            raise StreamlensError(
+                f"{self.name} needs whole gradients, and this process holds shards of them: clip or scale "
+                "them with the wrapper's own means"
+            )
+        return summarise(tensors, (_SQUARES,))[0][_SQUARES].sqrt()
+
+    def gradient_norms(self, gradients: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
+        """The 2-norm of each gradient as it will be used: a fused optimizer divides by GradScaler's scale."""
+        norms = self.norms(gradients)
+        scale = getattr(optimizer, "grad_scale", None)
+        return norms / scale.to(norms) if isinstance(scale, Tensor) else norms
+
     def attached(self) -> None:
         """See `Controller.attached`.
 
         Raises:
-            StreamlensError: The chain does not come from a lens.
+            StreamlensError: The chain does not come from a lens, or another controller acts on gradients.
         """
         engine = self.engine
         if engine is None:
@@ -58,18 +128,61 @@ class GradientController(Controller):
                 f"{self.name} acts on gradients, and a stream without a model has none: end a chain of the "
                 "lens that observe(model) returned in it"
             )
-        interventions = engine.updates.interventions
-        interventions.append(self._intervene)
-        self.hold(Disposable(lambda: interventions.remove(self._intervene)))
+        self.claim("gradients", self._optimizer)
+        acting = engine.updates.interventions.acting
+        acting.append(self._intervene)
+
+        def remove() -> None:
+            with contextlib.suppress(ValueError):
+                acting.remove(self._intervene)
+
+        self.hold(Disposable(remove))
 
     def _intervene(self, optimizer: Optimizer, entries: Sequence[ParameterEntry]) -> None:
-        if self.standing_back:
+        if self._optimizer not in (None, optimizer):
             return
+        info = None if self.engine is None else self.engine.updates.owners.get(optimizer)
+        if info is not None and info.stands_in:
+            self.stand_back(
+                f"{type(optimizer).__name__} owns copies of the parameters, whose gradients are not known: "
+                "observe(model, owners={name: tensor}) says which tensor stands for which parameter"
+            )
         gradients = {e.name: g.detach() for e in entries if (g := e.gradient) is not None}
-        if not gradients:
-            return
+        factors: Mapping[str, Tensor] = {}
         with torch.no_grad():
-            factors = self.scales(gradients, optimizer)
+            if gradients and not self.standing_back:
+                factors = self.runtime.attempt(f"{self.name}.scales", self.scales, gradients, optimizer) or {}
+            if self.several_ranks:
+                # Also where there is nothing to scale: every rank has to be there.
+                factors = self._same_on_all(factors, entries)
             if not self.dry_run:
                 for name, factor in factors.items():
-                    gradients[name].mul_(factor)
+                    if name in gradients:
+                        _scale(local(gradients[name]), factor)
+        record, self._record = self._record, None
+        attachment = self._links.attachment
+        if record is not None and attachment is not None:
+            attachment.receive(record)
+
+    def _same_on_all(
+        self, factors: Mapping[str, Tensor], entries: Sequence[ParameterEntry]
+    ) -> Mapping[str, Tensor]:
+        device = entries[0].tensor.device
+        row = [factors.get(entry.name) for entry in entries]
+        one = torch.ones((), dtype=double_where_known(device), device=device)
+        values = torch.stack([one if f is None else f.to(one).reshape(()) for f in row])
+        if values.is_cpu:
+            answers = self.gathered(values.tolist())
+            if not answers:
+                return {}
+            values = values.new_tensor(answers[0])
+        else:
+            # In the group of training, whose backend need not wait for the device.
+            dist.broadcast(values, src=0)
+        return {entry.name: value for entry, value in zip(entries, values, strict=True)}
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    # Multiplied itself, a sparse tensor would get values that whoever else refers to it does not see.
+    elements = gradient._values() if gradient.layout is torch.sparse_coo else gradient
+    elements.mul_(factor.to(gradient.device))
