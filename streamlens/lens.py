@@ -21,7 +21,7 @@ from streamlens.failure import failed
 from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
-from streamlens.session import Batches, Session
+from streamlens.session import Batches, Session, epochs
 from streamlens.stream import Stream
 from streamlens.topics import topic_spec
 
@@ -38,11 +38,6 @@ _EVERYTHING: Final = View()
 def _under(name: str, frame: Frame) -> Frame:
     """A frame under a derived topic's name, which several topics of one chain keep apart."""
     return frame if frame.topic == name or frame.topic.startswith(f"{name}.") else frame.replace(topic=name)
-
-
-def _check_count(what: str, n: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ValueError(f"{what}() needs a whole number of at least 0, got {n!r}")
 
 
 class Lens(Stream):
@@ -209,6 +204,20 @@ class Lens(Stream):
         """The epoch, counted from 0; it advances only when told."""
         return self.source.clock.epoch
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether training is asked to end, by a controller such as `sl.control.Stop` or by you.
+
+        `lens.epochs()` and `lens.batches()` then give no more, and Trainers that have our callback end
+        after the batch; any other loop asks: `if lens.should_stop: break`. Everything goes on working, and
+        a snapshot keeps it: set it to False to go on all the same.
+        """
+        return self.source.should_stop
+
+    @should_stop.setter
+    def should_stop(self, stop: bool) -> None:
+        self.source.should_stop = bool(stop)
+
     def step(self) -> None:
         """Say that the parameters were updated, in a loop without a `torch.optim` optimizer."""
         self._check_open()
@@ -218,7 +227,7 @@ class Lens(Stream):
         """Run epochs up to number `n`: `for epoch in lens.epochs(10)`.
 
         After a resume it goes on to `n` from where the run was. Emits `epoch_started` and
-        `epoch_finished`.
+        `epoch_finished`. Once `should_stop` is true it gives no more; the epoch under way ends as ever.
 
         Args:
             n: How many epochs the whole run has.
@@ -226,27 +235,14 @@ class Lens(Stream):
         Raises:
             ValueError: `n` is no whole number.
         """
-        _check_count("epochs", n)
         self._check_open()
-        return self._epochs(n)
-
-    def _epochs(self, n: int) -> Iterator[int]:
-        source = self.source
-        source.in_epochs += 1
-        try:
-            while source.clock.epoch < n:
-                epoch = source.clock.epoch
-                source.emit_index("epoch_started", epoch)
-                yield epoch
-                if source.clock.epoch == epoch:
-                    source.end_epoch()
-        finally:
-            source.in_epochs -= 1
+        return epochs(self.source, n)
 
     def batches(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over a loader once, and end the epoch: `for x, y in lens.batches(loader)`.
 
-        Within `lens.epochs()` the epoch ends with that loop and not here.
+        Within `lens.epochs()` the epoch ends with that loop and not here. Once `should_stop` is true no
+        batch follows, and the epoch is over, `epoch_finished` and all.
 
         Args:
             loader: Anything that yields batches; its length is kept.

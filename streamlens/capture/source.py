@@ -47,6 +47,7 @@ class Source(Provider):
         in_epochs: How many loops over `lens.epochs()` run.
         paused: How many `lens.paused()` silence it.
         inert: Whether nothing is ever taken.
+        should_stop: Whether the loops that train are asked to end.
         inherited: Whether this process was forked from the one that it belongs to.
     """
 
@@ -63,6 +64,7 @@ class Source(Provider):
         self.in_epochs = 0
         self.paused = 0
         self.inert = False
+        self.should_stop = False
         self.inherited = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
@@ -336,6 +338,7 @@ class Source(Provider):
             "version": _VERSION,
             "run_id": self.run_id,
             "clock": self.clock.state_dict(),
+            "should_stop": self.should_stop,
             "chains": self.chain_states(),
         }
 
@@ -355,6 +358,7 @@ class Source(Provider):
             )
         self.run_id = str(state["run_id"])
         self.clock.load_state_dict(state["clock"])
+        self.should_stop = bool(state.get("should_stop", False))
         self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
         self.demands_changed()
         self.load_chain_states(state["chains"])

@@ -8,8 +8,10 @@ from streamlens.control.decision import Decision
 from streamlens.control.fixed_ratio import FixedRatio
 from streamlens.control.gradients import GradientController
 from streamlens.control.ratio_lr import RatioLR
+from streamlens.control.reduce_on_plateau import ReduceOnPlateau
 from streamlens.control.schedules import Constant, ExponentialDecay, Schedule, scheduled
 from streamlens.control.set_rate import SetRate
+from streamlens.control.stop import Stop
 
 __all__ = [
     "Bounds",
@@ -21,8 +23,10 @@ __all__ = [
     "FixedRatio",
     "GradientController",
     "RatioLR",
+    "ReduceOnPlateau",
     "Schedule",
     "SetRate",
+    "Stop",
     "act",
     "scheduled",
 ]

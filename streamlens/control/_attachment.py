@@ -9,6 +9,8 @@ import torch
 from reactivex.abc import ObserverBase
 from torch import Tensor
 
+from streamlens.capture.engine import Engine
+from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame, Kind
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class _Copied:
 
     def __init__(self, frame: Frame, noted: Any) -> None:
         self.noted = noted
+        self.lags = lagging(frame)
         self._event: torch.cuda.Event | None = None
         values = frame.values
         if isinstance(values, Tensor):
@@ -54,9 +57,40 @@ class _Copied:
             self._event = None
         return self._frame
 
+    def state_dict(self) -> dict[str, Any]:
+        """The frame, and what was noted, as plain containers and tensors."""
+        frame = self.arrived()
+        return {
+            "topic": frame.topic,
+            "step": frame.step,
+            "epoch": frame.epoch,
+            "micro_step": frame.micro_step,
+            "layers": list(frame.layers),
+            "values": frame.values.clone() if isinstance(frame.values, Tensor) else list(frame.values),
+            "components": list(frame.components),
+            "meta": dict(frame.meta),
+            "kind": frame.kind.value,
+            "source": frame.source,
+            "noted": self.noted,
+            "lags": self.lags,
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Copied:
+        """What `state_dict` was of."""
+        saved = dict(state)
+        noted, lags, kind = saved.pop("noted"), saved.pop("lags"), Kind(saved.pop("kind"))
+        topic, step = saved.pop("topic"), saved.pop("step")
+        layers, values = saved.pop("layers"), saved.pop("values")
+        copied = cls(Frame(topic, step, layers, values, kind=kind, **saved), noted)
+        copied.lags = lags
+        return copied
+
 
 class ControllerAttachment(ObserverBase[Frame]):
     """Receives the frames of one chain for a controller; its state goes with the chain's.
+
+    What comes while a step is under way, as losses do, waits for its update: controllers act after it.
 
     Args:
         controller: Whose it is.
@@ -68,7 +102,10 @@ class ControllerAttachment(ObserverBase[Frame]):
     def __init__(self, controller: Controller, runtime: Runtime) -> None:
         self._controller = controller
         self._runtime = runtime
+        self._engine = runtime if isinstance(runtime, Engine) else None
+        self._waiting: list[_Copied] = []
         self._on_its_way: _Copied | None = None
+        self._marks = None if self._engine is None else runtime.on_mark(self._on_mark)
         self.plan = controller.name
         self.running = True
 
@@ -89,11 +126,35 @@ class ControllerAttachment(ObserverBase[Frame]):
     def receive(self, frame: Frame) -> None:
         """Receive an input; the controller acts once everything of this burst is delivered."""
         noted = self._controller.note()
-        if lagging(frame):
-            earlier, self._on_its_way = self._on_its_way, _Copied(frame, noted)
-            if earlier is None:
+        if self._mid_step:
+            self._waiting.append(_Copied(frame, noted))
+        elif lagging(frame):
+            self._pass_on(_Copied(frame, noted))
+        else:
+            self._hand(frame, noted)
+
+    @property
+    def _mid_step(self) -> bool:
+        """Whether the open step has begun, and its update is still to come."""
+        clock = None if self._engine is None else self._engine.clock
+        return clock is not None and clock.counted and not clock.updated
+
+    def _on_mark(self, mark: Mark) -> None:
+        if self._waiting and mark.kind is not MarkKind.EPOCH:
+            waiting, self._waiting = self._waiting, []
+            for copied in waiting:
+                self._pass_on(copied)
+
+    def _pass_on(self, copied: _Copied) -> None:
+        """Hand on a frame, or the one before if its copy needs a step's time."""
+        if copied.lags:
+            before, self._on_its_way = self._on_its_way, copied
+            if before is None:
                 return
-            frame, noted = earlier.arrived(), earlier.noted
+            copied = before
+        self._hand(copied.arrived(), copied.noted)
+
+    def _hand(self, frame: Frame, noted: Any) -> None:
         self._runtime.post(lambda: self._controller.take(frame, noted) if self.running else None)
 
     def on_error(self, error: Exception) -> None:
@@ -108,34 +169,21 @@ class ControllerAttachment(ObserverBase[Frame]):
         """Let go of the controller."""
         if self.running:
             self.running = False
+            if self._marks is not None:
+                self._marks.dispose()
             self._controller.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state, and the frame that is on its way."""
+        """The controller's state, and the frames that it has yet to see."""
         state: dict[str, Any] = {"controller": self._controller.state_dict()}
         if self._on_its_way is not None:
-            frame = self._on_its_way.arrived()
-            state["on_its_way"] = {
-                "topic": frame.topic,
-                "step": frame.step,
-                "epoch": frame.epoch,
-                "micro_step": frame.micro_step,
-                "layers": list(frame.layers),
-                "values": frame.values.clone() if isinstance(frame.values, Tensor) else list(frame.values),
-                "components": list(frame.components),
-                "kind": frame.kind.value,
-                "source": frame.source,
-                "noted": self._on_its_way.noted,
-            }
+            state["on_its_way"] = self._on_its_way.state_dict()
+        if self._waiting:
+            state["waiting"] = [copied.state_dict() for copied in self._waiting]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self._controller.load_state_dict(state["controller"])
-        self._on_its_way = None
-        if "on_its_way" in state:
-            saved = dict(state["on_its_way"])
-            noted, kind = saved.pop("noted"), Kind(saved.pop("kind"))
-            topic, step = saved.pop("topic"), saved.pop("step")
-            layers, values = saved.pop("layers"), saved.pop("values")
-            self._on_its_way = _Copied(Frame(topic, step, layers, values, kind=kind, **saved), noted)
+        self._on_its_way = _Copied.of(state["on_its_way"]) if "on_its_way" in state else None
+        self._waiting = [_Copied.of(saved) for saved in state.get("waiting", ())]

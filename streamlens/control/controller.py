@@ -104,6 +104,9 @@ class Controller(Ending, ObserverBase[Frame]):
     def apply(self, decision: Decision) -> None:
         """Do it. What is raised is reported, and training goes on."""
 
+    def decided(self, decision: Decision) -> None:
+        """All ranks do this now, or would (`dry_run`): remember what the next decision depends on."""
+
     def concerns(self, frame: Frame) -> bool:
         """Whether a frame is for this controller at all; the same on every rank."""
         return True
@@ -281,6 +284,7 @@ class Controller(Ending, ObserverBase[Frame]):
         if decision is None or decision.old == decision.new:
             return
         runtime = self.runtime
+        self.decided(decision)
         if not self.dry_run:
             runtime.attempt(f"{self.name}.apply", self.apply, decision)
         self.announce(decision.frame(self.name, *self.moment(frame), frame.source, dry_run=self.dry_run))

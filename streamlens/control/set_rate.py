@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from streamlens.control._plateau import the_number
 from streamlens.control._rates import RateController
 from streamlens.control.bounds import Bounds
-from streamlens.errors import StreamlensError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -60,13 +60,8 @@ class SetRate(RateController):
         Raises:
             StreamlensError: The frame holds more than one number.
         """
-        values = [value for _, value in frame.items()]
-        if len(values) != 1 or values[0].numel() != 1:
-            raise StreamlensError(
-                f"SetRate takes one number a frame, and {frame.topic!r} has more: reduce it first, for "
-                "example with across_layers()"
-            )
-        old, wanted = self.rates(), float(values[0])
+        wanted = the_number(self.name, frame)
+        old = self.rates()
         if not self.undisturbed(old):
             return None
         new = [self._bounds.limit(rate, wanted) for rate in old]

@@ -124,6 +124,14 @@ class StreamlensCallback(Callback):
         """
         self._observation.begin_epoch(trainer.current_epoch)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch is over, and perhaps training: `lens.should_stop` ends it, after `min_steps` at least."""
+        lens = self._observation.running
+        if lens is not None and lens.should_stop:
+            trainer.should_stop = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch is over."""
         self._observation.end_epoch()

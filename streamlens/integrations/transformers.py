@@ -106,6 +106,14 @@ class StreamlensCallback(TrainerCallback):
         """An epoch begins, or goes on after a resume."""
         self._observation.begin_epoch(int(state.epoch or 0))
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step is over, and perhaps training: `lens.should_stop` ends it."""
+        lens = self._observation.running
+        if lens is not None and lens.should_stop:
+            control.should_training_stop = True
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

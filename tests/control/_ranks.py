@@ -44,10 +44,26 @@ def ratio(rank: int, *, spoilt_rank: int = -1, absent_rank: int = -1) -> dict[st
     return {"rates": rates, "steps": steps, "weights": weights, "reports": reports}
 
 
+def stop(rank: int) -> dict[str, Any]:
+    """Stop, where rank 1 alone sees a NaN, at step 1."""
+    model = small_model()
+    lens = sl.observe(model, emits=["x"], on_error="raise")
+    lens.pipe(sl.topic("x")).subscribe(control.Stop())
+    causes: list[str] = []
+    lens.pipe(sl.topic("stop.action")).subscribe(lambda f: causes.append(f"{f.step}: {f.meta['cause']}"))
+    seen = []
+    for _ in steps_of(model, torch.optim.SGD(model.parameters(), lr=0.1), 3):
+        seen.append(lens.should_stop)
+        lens.emit("x", math.nan if rank == 1 else 1.0)
+    lens.close()
+    return {"seen": seen, "causes": causes}
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ratio": ratio,
     "ratio, NaN on rank 0": lambda rank: ratio(rank, spoilt_rank=0),
     "ratio, NaN on rank 1": lambda rank: ratio(rank, spoilt_rank=1),
+    "stop": stop,
     "ratio, none on rank 1": lambda rank: ratio(rank, absent_rank=1),
 }
 

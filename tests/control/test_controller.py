@@ -323,3 +323,41 @@ def test_gradient_controllers_act_before_the_gradients_are_taken() -> None:
         assert torch.equal(unchanged, change)
     with pytest.raises(sl.StreamlensError, match="acts on gradients, and a stream without a model"):
         sl.stream.Stream(None, plan=("x",), runtime=sl.runtime.Runtime()).subscribe(Half())
+
+
+def test_what_comes_before_an_update_is_acted_on_after_it() -> None:
+    model, optimizer, lens = observed(on_error="raise")
+    criterion = lens.watch_loss(nn.functional.mse_loss)
+    used: list[float] = []
+    lens.pipe(sl.topic("learning_rate")).subscribe(lambda frame: used.append(float(frame["0"])))
+    lens.pipe(sl.topic("loss")).subscribe(control.act(halve))
+    rates = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            criterion(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1.0, 0.25, 0.25, 0.0625]
+    assert used == [1.0, 0.25]
+    lens.close()
+
+
+def test_what_waits_for_an_update_is_part_of_a_snapshot() -> None:
+    def half_a_step(model: nn.Module, lens: sl.Lens) -> None:
+        lens.watch_loss(nn.functional.mse_loss)(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
+
+    model, optimizer, lens = observed(on_error="raise")
+    controller = control.act(halve)
+    lens.pipe(sl.topic("loss")).subscribe(controller)
+    half_a_step(model, lens)
+    saved = copy.deepcopy(lens.state_dict())
+    lens.close()
+    model, optimizer, lens = observed(on_error="raise")
+    lens.pipe(sl.topic("loss")).subscribe(control.act(halve))
+    lens.load_state_dict(saved)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    lens.close()

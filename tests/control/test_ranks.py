@@ -69,3 +69,8 @@ def test_a_rank_without_the_controller_makes_it_stand_back_in_time_and_training_
     (report,) = first["reports"]
     assert "RatioLR stands back: rank 0 lost the other ranks" in report
     assert "within the 2 s of observe(distributed_timeout=)" in report
+
+
+def test_what_one_rank_sees_stops_both_after_one_step(outcomes: Outcomes) -> None:
+    first, second = outcomes["stop"]
+    assert first == second == {"seen": [False, True, True], "causes": ["1: x is nan at step 0"]}

@@ -433,3 +433,11 @@ for framework, home in (("pytorch_lightning", "lightning"), ("transformers", "tr
         raise AssertionError(framework)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_stop_ends_fitting_after_its_batch() -> None:
+    def chains(lens: sl.Lens) -> None:
+        lens.pipe(sl.loss()).subscribe(sl.control.Stop(patience=0, threshold=1e6, threshold_mode="abs"))
+
+    trainer = fit(Regressor(), [StreamlensCallback(chains, on_error="raise")], max_epochs=3)
+    assert trainer.global_step == 2

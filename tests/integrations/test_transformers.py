@@ -330,3 +330,11 @@ def test_a_chain_that_cannot_be_made_stops_the_run_before_it_begins(tmp_path: Pa
         train(model, tmp_path, [StreamlensCallback(lambda lens: lens.pipe(sl.norm("weigths")))])
     assert same(model.state_dict(), language_model().state_dict())
     assert not model._forward_hooks
+
+
+def test_a_stop_ends_training_after_its_step(tmp_path: Path) -> None:
+    def chains(lens: sl.Lens) -> None:
+        lens.pipe(sl.loss()).subscribe(sl.control.Stop(patience=0, threshold=1e6, threshold_mode="abs"))
+
+    trainer = train(language_model(), tmp_path, [StreamlensCallback(chains, on_error="raise")])
+    assert trainer.state.global_step == 2
