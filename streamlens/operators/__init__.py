@@ -37,6 +37,7 @@ from streamlens.operators.gradient_snr import gradient_snr
 from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
 from streamlens.operators.hessian_trace import hessian_trace
 from streamlens.operators.histogram import histogram
+from streamlens.operators.linear_cka import linear_cka
 from streamlens.operators.loss import loss
 from streamlens.operators.loss_decrease import loss_decrease
 from streamlens.operators.per_epoch import per_epoch
@@ -66,6 +67,7 @@ from streamlens.operators.statistics import (
     var,
     zero_fraction,
 )
+from streamlens.operators.svcca import svcca
 from streamlens.operators.test_accuracy import test_accuracy
 from streamlens.operators.train_accuracy import train_accuracy
 from streamlens.operators.unit_saturation import unit_saturation
@@ -108,6 +110,7 @@ __all__ = [
     "layers",
     "learning_rate_too_high",
     "learning_rate_too_low",
+    "linear_cka",
     "loss",
     "loss_decrease",
     "loss_not_decreasing",
@@ -141,6 +144,7 @@ __all__ = [
     "spectral_norm",
     "stable_rank",
     "std",
+    "svcca",
     "test_accuracy",
     "topic",
     "total",

@@ -168,7 +168,7 @@ def on_model(
     operator: str,
     model: nn.Module | None = None,
     check: Callable[[nn.Module], None] | None = None,
-    of_layers: str = "it has no part for some layers",
+    of_layers: str | None = "it has no part for some layers",
 ) -> Stream:
     """Apply a metric of the model.
 
@@ -179,7 +179,8 @@ def on_model(
         operator: The operator's name, for messages.
         model: The model, where the stream comes from no lens; held weakly.
         check: Raises if the metric cannot be taken of the model, so that this shows when it is applied.
-        of_layers: What to do for some layers only, for the message to who narrowed the lens to them.
+        of_layers: What to do for some layers only, for the message to who narrowed the lens to them; None
+            where the metric has a value for each layer, and its maker has asked the lens for which.
 
     Returns:
         The stream of its results.
@@ -192,12 +193,12 @@ def on_model(
         raise TypeError(f"{operator}(model=...) takes an nn.Module, got {type(model).__name__}")
     stream = as_stream(source)
     if isinstance(stream, Lens) and not stream.topics:
-        if stream.view.selectors:
+        if stream.view.selectors and of_layers is not None:
             raise StreamlensError(
                 f"{operator}() is of the whole model, and this lens was narrowed by layers(): {of_layers}; "
                 "leave layers() out"
             )
-        stream = stream.narrow(topics=("update_finished",))
+        stream = _of_the_whole(stream, "update_finished")
     stream.check_subscribable()
     find = _finder(stream, operator, model)
     found = find()

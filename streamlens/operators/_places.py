@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -52,7 +53,7 @@ def rows_of(outputs: Tensor, places: Places, unit_dim: int | None = None, most: 
         outputs: The outputs, the first dimension being the examples.
         places: What becomes of the dimensions that are neither examples nor units.
         unit_dim: The dimension of the units; by the number of dimensions unless given.
-        most: The most rows, evenly spaced among all.
+        most: The most rows, spread over all places alike; always the same ones of as many.
 
     Raises:
         ValueError: It has no such dimension, or no dimension at all.
@@ -69,7 +70,20 @@ def rows_of(outputs: Tensor, places: Places, unit_dim: int | None = None, most: 
         rows = tensor.flatten(1)
     else:
         moved = tensor.movedim(dim, -1)
-        rows = moved.flatten(0, -2) if places == "each" else moved.flatten(1, -2).mean(1)
+        averaged = places == "mean" and moved.ndim > 2
+        rows = moved.flatten(1, -2).mean(1) if averaged else moved.flatten(0, -2)
     if most is not None and len(rows) > most:
-        rows = rows[torch.arange(most, device=rows.device) * len(rows) // most]
+        rows = rows[torch.arange(most, device=rows.device) * _stride(len(rows)) % len(rows)]
     return rows
+
+
+def _stride(count: int) -> int:
+    """Steps of which length spread over a circle of places evenly, however many are taken.
+
+    The golden section of it, and coprime to it: a divisor of the rows of an image would fall on the same
+    few columns for ever, and no place comes twice.
+    """
+    stride = round(count * 0.6180339887498949)
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride

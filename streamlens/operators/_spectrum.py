@@ -18,6 +18,7 @@ __all__ = [
     "SingularValues",
     "SpectralNorm",
     "StableRank",
+    "directions_needed",
     "largest_by_gram",
     "matrix_of",
 ]
@@ -68,6 +69,24 @@ def largest_by_gram(matrices: Sequence[Tensor]) -> Tensor:
             largest = torch.where(finite, torch.linalg.eigvalsh(safe)[:, -1], math.nan)
         out.update(zip((i for i, _ in group), largest.clamp(min=0).sqrt(), strict=True))
     return torch.stack([out[i] for i in range(len(matrices))]) if matrices else torch.empty(0)
+
+
+def directions_needed(values: Tensor, share: float) -> Tensor:
+    """How many eigenvalues of a covariance matrix, largest first, add up to a share of their sum.
+
+    Args:
+        values: The eigenvalues, largest first; those of no variance come out as rounding errors of
+            either sign, and count as zeros.
+        share: Of their sum, above 0 and at most 1.
+
+    Returns:
+        A whole number; 0 where nothing varies.
+    """
+    noise = len(values) * torch.finfo(values.dtype).eps * values[:1].sum()
+    values = torch.where(values > noise, values, 0)
+    total = values.sum()
+    needed = (values.cumsum(0) < share * total).sum() + 1
+    return torch.where(total > 0, needed.clamp(max=len(values)), 0)
 
 
 @dataclass(frozen=True)

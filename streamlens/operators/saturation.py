@@ -14,6 +14,7 @@ from streamlens.frame import Frame, Kind
 from streamlens.nodes import stateful
 from streamlens.operators._places import Places, check_places, check_unit_dim, rows_of
 from streamlens.operators._raw_windows import Gathered, RawWindow, check_window
+from streamlens.operators._spectrum import directions_needed
 from streamlens.operators._tensors import tensors_of, wide
 from streamlens.operators._windowed import StepWindows, Windowed
 from streamlens.stream import Operator, Stream
@@ -65,7 +66,7 @@ def saturation(
         unit_dim: The dimension that counts the units: unless given, 1 for outputs with four dimensions or
             more, else the last. Outputs of `nn.Conv1d`, (N, C, L), need 1.
         max_units: Layers with more columns are left out, and reported once.
-        max_rows: The most rows of a batch, evenly spaced among all; all of them unless given.
+        max_rows: The most rows of a batch, spread over all places alike; all of them unless given.
 
     Returns:
         The operator.
@@ -168,8 +169,5 @@ def _saturation(held: Gathered, share: float) -> Tensor:
     # Decompositions raise, or never end, on what is not finite.
     finite = products.sum().isfinite()
     values = torch.linalg.eigvalsh(torch.where(finite, products, 0)).flip(0)
-    # Directions of no variance come out as rounding errors of either sign.
-    values = torch.where(values > units * torch.finfo(values.dtype).eps * values[0], values, 0)
-    total = values.sum()
-    needed = (values.cumsum(0) < share * total).sum() + 1
-    return torch.where(finite & (total > 0), needed.clamp(max=units) / units, math.nan)
+    needed = directions_needed(values, share)
+    return torch.where(finite & (needed > 0), needed / units, math.nan)

@@ -42,7 +42,8 @@ class TensorBoard(Sink):
     - The sentence that a frame carries as `meta["text"]` is a text under `topic/_/text`.
 
     A slash within a name is a colon: the topic `G/loss` of a named model is `G:loss`. The step is the
-    frame's step, for every micro-step of it; the wall time is when the frame was emitted. A run that goes on after a resume hides what an earlier attempt wrote for later steps.
+    frame's step, for every micro-step of it; the wall time is when the frame was emitted. A run that goes on
+    after a resume hides what an earlier attempt wrote for later steps.
 
     Args:
         logdir: The folder of the event file, made when the first frame is written. A file that

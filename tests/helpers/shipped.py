@@ -93,6 +93,10 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
     "layers": lambda lens, inputs, every: [
         (sl.layers(depth=-1), sl.topic("activations"), sl.std(), sl.rename("spread")),
     ],
+    "linear_cka": lambda lens, inputs, every: [
+        (sl.every(every), sl.linear_cka(_batch(inputs)[0])),
+        (sl.every(every), sl.linear_cka(_batch(inputs)[0], between="layers")),
+    ],
     "norm": lambda lens, inputs, every: [_raw(sl.norm(order=order)) for order in (1, 2, float("inf"))],
     "per_epoch": lambda lens, inputs, every: [(sl.topic("loss"), sl.ema(0.5), sl.per_epoch())],
     "per_layer": lambda lens, inputs, every: [(sl.topic("weights"), sl.per_layer())],
@@ -116,6 +120,7 @@ _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
     "smooth": lambda lens, inputs, every: [
         (sl.uw_ratio(of="parameters", relative_to="before"), sl.smooth(1.0)),
     ],
+    "svcca": lambda lens, inputs, every: [(sl.every(every), sl.svcca(_batch(inputs)[0]))],
     "test_accuracy": lambda lens, inputs, every: [(sl.test_accuracy([_batch(inputs)], every=every),)],
     "topic": lambda lens, inputs, every: [(sl.topic(topic),) for topic in EVERY_TOPIC],
     "unit_saturation": lambda lens, inputs, every: [_raw(sl.unit_saturation(None, lower=0, upper=1))],

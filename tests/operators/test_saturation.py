@@ -71,6 +71,8 @@ def test_equals_the_singular_values_of_all_rows_at_once(
         ((30, 5, 4), "mean", None, lambda x: x.mean(1)),
         ((6, 4, 5), "each", 1, lambda x: x.transpose(0, 2, 1).reshape(-1, 4)),
         ((9,), "each", None, lambda x: x[:, None]),
+        ((30, 4), "mean", None, lambda x: x),
+        ((9,), "mean", None, lambda x: x[:, None]),
     ],
 )
 def test_places_are_rows_or_means_or_columns(
@@ -138,10 +140,16 @@ def test_all_of_the_variance_does_not_count_directions_of_rounding() -> None:
     assert float(one([acts(0, {"a": x})], window=1, share=1)["a"]) == pytest.approx(2 / 6)
 
 
-def test_rows_can_be_bounded() -> None:
-    x = low_rank(1000, 4, 2, 5)
-    got = one([acts(0, {"a": x})], window=1, max_rows=64)
-    assert float(got["a"]) == pytest.approx(by_svd(x.numpy()[np.arange(64) * 1000 // 64]))
+def test_rows_can_be_bounded_and_are_of_every_place() -> None:
+    # Each column of the images varies in a channel of its own.
+    x = torch.zeros(32, 8, 8, 8)
+    for k in range(8):
+        x[:, k, :, k] = torch.randn(32, 8)
+    got = one([acts(0, {"a": x})], window=1, max_rows=64, share=1)
+    assert float(got["a"]) == 1
+    # That many rows have that many directions, less one for their mean.
+    got = one([acts(0, {"a": x})], window=1, max_rows=4, share=1)
+    assert float(got["a"]) <= 3 / 8
 
 
 def test_a_wide_layer_is_left_out_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
