@@ -172,7 +172,7 @@ class Runtime:
             try:
                 fn(mark)
             except Exception as error:
-                self.report(error, f"{mark.kind.value} of step {mark.step}")
+                self.report(error, f"the mark {mark.kind.value!r}")
 
     # -- errors ------------------------------------------------------------------------------
 

@@ -27,22 +27,6 @@ EVENTS = [
 ]
 
 
-EVENTS = [
-    "batch_started",
-    "input_data",
-    "activations",
-    "network_output",
-    "loss",
-    "layer_gradients",
-    "raw_gradients",
-    "weight_gradients",
-    "learning_rate",
-    "weights",
-    "weight_updates",
-    "batch_finished",
-]
-
-
 class MetricError(Exception):
     """What the failing parts raise."""
 
