@@ -97,6 +97,7 @@ def observe(
         ...     table = sl.sinks.Table()
         ...     subscription = lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(table)
     """
+    check_model(model)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"observe() needs a torch.nn.Module, got {type(model).__name__}: pass the network itself"
@@ -104,7 +105,6 @@ def observe(
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
     _check_options(loss, count, name, start, emits, metadata, on_error)
-    check_model(model)
     alone, timeout = check_distributed(distributed, distributed_timeout)
     copies = _check_optimizers(model, optimizers, owners)
     close_orphans()

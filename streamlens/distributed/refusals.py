@@ -36,20 +36,23 @@ _REFUSED: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "torch.distributed.pipelining.",
         "",
-        """a pipeline's stages run on different ranks: observe the stage's own module on each of them,
-        observe(stage.submod, distributed=False)""",
+        """a pipeline's stages are different models on different ranks, which have nothing to merge: observe
+        the stage's own module on each of them, observe(stage.submod, distributed=False)""",
     ),
 )
 """Where a class comes from, its name (any if empty), and what to do."""
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: object) -> None:
     """Raise for a model that cannot be looked into.
+
+    Args:
+        model: What `observe` was given; a pipeline's stage is no module.
 
     Raises:
         StreamlensError: It is, or holds, an engine that spreads parameters in a way of its own.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else (model,):
         for kind in type(module).__mro__:
             for home, name, remedy in _REFUSED:
                 if f"{kind.__module__}.".startswith(home) and name in ("", kind.__name__):

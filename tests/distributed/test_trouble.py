@@ -89,3 +89,13 @@ def test_a_layer_that_fails_on_one_rank_is_left_out_on_all(found: Found) -> None
     assert set(other["places"]) == {"layer 'second' (rank 1)"}
     # The other chains of that layer have all of it.
     assert mine["steps"]["activations.std"] == [0, 1]
+
+
+def test_a_pipelines_stage_is_refused_by_name_and_its_module_observed(found: Found) -> None:
+    for mine in (rank["pipeline_stages"] for rank in found):
+        stage, schedule = mine["said"]
+        assert "given a torch.distributed.pipelining.stage.PipelineStage" in stage
+        assert "given a torch.distributed.pipelining.schedules.ScheduleGPipe" in schedule
+        assert "observe(stage.submod, distributed=False)" in stage
+        assert mine["errors"] == []
+        assert mine["norms"] == [pytest.approx(mine["change"], rel=1e-5)]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import streamlens as sl
 from streamlens.reductions import Reduction
@@ -207,6 +208,36 @@ def ends_early() -> Found:
     return run.finish()
 
 
+def pipeline_stages() -> Found:
+    """Two stages of a pipeline, each observed by itself, and not as what it is."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 7), nn.Linear(7, 3)]
+    rank = dist.get_rank()
+    layer = layers[rank]
+    module = nn.Sequential(layer)
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.cross_entropy)
+    said: list[str] = []
+    for what in (stage, schedule):
+        try:
+            sl.observe(what)  # type: ignore[arg-type]
+        except sl.StreamlensError as error:
+            said.append(str(error))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    norms: list[float] = []
+    errors: list[str] = []
+    with sl.observe(stage.submod, distributed=False) as lens:
+        lens.errors.subscribe(lambda report: errors.append(str(report.error)))
+        lens.pipe(sl.norm("weight_updates")).subscribe(lambda f: norms.append(float(f.values[0])))
+        before = layer.weight.detach().clone()
+        x, y = DATA[0][0]
+        optimizer.zero_grad()
+        schedule.step(x) if rank == 0 else schedule.step(target=y)
+        optimizer.step()
+    change = (layer.weight.detach() - before).double().norm().item()
+    return {"said": said, "norms": norms, "change": change, "errors": errors}
+
+
 SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
     "trouble": (
         on_rank_0_only,
@@ -217,6 +248,7 @@ SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
         resumes_elsewhere,
         is_late,
         one_layer_fails,
+        pipeline_stages,
         ends_early,
     ),
 }
