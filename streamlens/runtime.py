@@ -56,6 +56,7 @@ class Runtime:
         self.chains: list[Chain] = []
         self.run_id = uuid.uuid4().hex
         self.resumed_at: int | None = None
+        self.resumption = ""
         self._marks: list[Callable[[Mark], None]] = []
         self._queue: deque[Callable[[], None]] = deque()
         self._draining = False
@@ -83,7 +84,7 @@ class Runtime:
         """What sinks are told about this run."""
         from streamlens.sink import RunInfo
 
-        return RunInfo(id=self.run_id, name=self.name, resumed_at=self.resumed_at, metadata=self.metadata())
+        return RunInfo(self.run_id, self.name, self.resumed_at, self.metadata(), self.resumption)
 
     def metadata(self) -> dict[str, Any]:
         """What is known about the run, for sinks that store it."""

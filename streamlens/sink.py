@@ -43,12 +43,15 @@ class RunInfo:
         name: The label of the run, or `""`.
         resumed_at: The last completed step of the snapshot that was loaded; None for a fresh run.
         metadata: What else is known about the run.
+        resumption: What tells this loading of a snapshot from every other, also from another one of
+            the same snapshot; `""` for a fresh run.
     """
 
     id: str
     name: str = ""
     resumed_at: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    resumption: str = ""
 
 
 class Sink(ObserverBase[Frame], ABC):

@@ -664,3 +664,107 @@ def test_a_sink_that_nobody_is_subscribed_to_any_more_is_let_go_and_its_counts_a
     gc.collect()
     assert gone() is None
     assert delivery.stats()["Recorder #2"].written == 1
+
+
+# -- a run that goes back to a snapshot ------------------------------------------------------------
+
+
+def test_a_sink_that_has_begun_a_run_opens_again_when_the_run_goes_back_to_a_snapshot(bench: Bench) -> None:
+    sink = Recorder()
+    proxy = bench.delivery.connect(sink, "chain")
+    for step in range(3):
+        proxy.on_next(frame(step))
+    bench.run = RunInfo(id="f00d", resumed_at=0, resumption="first")
+    bench.delivery.renew()
+    for step in (1, 2):
+        proxy.on_next(frame(step))
+    assert bench.delivery.close(5)
+    assert sink.steps == [0, 1, 2, 1, 2]
+    assert [(run.resumed_at, run.resumption) for run in sink.runs] == [(None, ""), (0, "first")]
+    assert [call for call in sink.calls if call != "flush"] == ["open", "write", "close"] * 2
+
+
+def test_a_sink_that_has_written_nothing_yet_is_told_the_run_as_it_goes_on(bench: Bench) -> None:
+    sink = Recorder()
+    proxy = bench.delivery.connect(sink, "chain")
+    bench.run = RunInfo(id="f00d", resumed_at=4, resumption="only")
+    bench.delivery.renew()
+    proxy.on_next(frame(5))
+    assert bench.delivery.close(5)
+    assert sink.runs == [bench.run]
+
+
+def test_another_runs_return_to_a_snapshot_leaves_a_shared_sink_open(bench: Bench) -> None:
+    sink, other = Recorder(), Delivery(lambda: RunInfo("other"), lambda error, where: None)
+    first, second = bench.delivery.connect(sink, "chain"), other.connect(sink, "chain")
+    first.on_next(frame(0))
+    second.on_next(frame(1))
+    other.renew()
+    second.on_next(frame(2))
+    assert bench.delivery.close(5)
+    assert other.close(5)
+    assert sink.steps == [0, 1, 2]
+    assert len(sink.runs) == 1
+
+
+def test_what_was_lost_before_the_run_went_back_is_not_forgotten(bench: Bench) -> None:
+    sink = Failing(1)
+    sink.retries = 0
+    proxy = bench.delivery.connect(sink, "chain")
+    proxy.on_next(frame(0))
+    assert not bench.delivery.flush(5)
+    bench.delivery.renew()
+    proxy.on_next(frame(1))
+    assert not bench.delivery.close(5)
+    assert sink.steps == [1]
+
+
+# -- what one wait must not take from another ------------------------------------------------------
+
+
+def test_each_flush_tells_of_its_own_round_also_when_a_later_one_went_well(bench: Bench) -> None:
+    sink = Failing(1)
+    sink.retries = 0
+    channel = bench.delivery.connect(sink, "chain")._channel
+    proxy = bench.delivery.connect(sink, "other")
+    proxy.on_next(frame(0))
+    first = channel.ask_flush()
+    assert until(lambda: first.done)
+    proxy.on_next(frame(1))
+    second = channel.ask_flush()
+    assert until(lambda: second.done)
+    assert not channel.await_flush(first, 5)
+    assert channel.await_flush(second, 5)
+
+
+def test_a_close_that_ran_out_of_time_costs_the_next_subscription_no_retries(bench: Bench) -> None:
+    class Slow(Failing):
+        def write(self, frames: Sequence[Frame]) -> None:
+            if not self.attempts:
+                entered.set()
+                let_go.wait(20)
+            super().write(frames)
+
+    entered, let_go = threading.Event(), threading.Event()
+    sink = Slow(3)
+    bench.delivery.connect(sink, "chain").on_next(frame(0))
+    assert entered.wait(5)
+    assert not bench.delivery.close(0.01)
+    # While the write given up on still hangs, somebody else subscribes the sink.
+    again = Delivery(lambda: bench.run, lambda error, where: None)
+    proxy = again.connect(sink, "chain")
+    proxy.on_next(frame(1))
+    let_go.set()
+    assert again.close(5)
+    # Frame 0 was tried once, frame 1 three times.
+    assert (sink.attempts, sink.steps) == (4, [1])
+
+
+def test_a_sink_that_could_not_be_closed_has_not_written_everything(bench: Bench) -> None:
+    class Unclosable(Recorder):
+        def close(self) -> None:
+            raise OSError("close")
+
+    bench.delivery.connect(Unclosable(), "chain").on_next(frame())
+    assert bench.delivery.flush(5)
+    assert not bench.delivery.close(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from torch import Tensor
 
+from streamlens.capture.emitted import emitted
 from streamlens.capture.exchange import Alone, Exchange
 from streamlens.capture.provider import Provider
 from streamlens.capture.view import Demand, View
@@ -293,15 +295,9 @@ class Source(Provider):
             TypeError: The value is no number, tensor or mapping of layers to these.
             ValueError: The layers' values differ in shape.
         """
-        by_layer = value if isinstance(value, Mapping) else {"": value}
-        for layer in by_layer:
-            if not isinstance(layer, str):
-                raise TypeError(f"emit({topic!r}): layers are named by strings, got {layer!r}")
-        values = [_owned(topic, entry) for entry in by_layer.values()]
-        if any(v.shape != values[0].shape for v in values):
-            raise ValueError(f"emit({topic!r}): the values of all layers must have one shape")
+        values = emitted(topic, value)
         if values:
-            self.emit(topic, tuple(by_layer), torch.stack(values), Kind.EVENT)
+            self.emit(topic, tuple(values), torch.stack(tuple(values.values())), Kind.EVENT)
 
     def emit_index(self, topic: str, index: int) -> None:
         """Deliver an event that carries an index."""
@@ -360,6 +356,9 @@ class Source(Provider):
         self.clock.load_state_dict(state["clock"])
         self.should_stop = bool(state.get("should_stop", False))
         self.resumed_at = self.clock.step if self.clock.updated else self.clock.step - 1
+        self.resumption = uuid.uuid4().hex
+        if self._delivery is not None:
+            self._delivery.renew()
         self.demands_changed()
         self.load_chain_states(state["chains"])
 
@@ -384,14 +383,3 @@ class Source(Provider):
         self.demands.clear()
         self._due = ()
         self._derived.clear()
-
-
-def _owned(topic: str, value: object) -> Tensor:
-    """A floating-point copy of a number or tensor."""
-    try:
-        tensor = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"emit({topic!r}) takes a number, a tensor or a mapping of layers to these, got {value!r}"
-        ) from None
-    return tensor.clone() if tensor.is_floating_point() else tensor.float()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from streamlens.delivery import process
+from streamlens.delivery.backlog import Backlog
 from streamlens.delivery.claims import Claims
-from streamlens.delivery.items import Item, Session, SinkStats, Writer, refusal
+from streamlens.delivery.items import Flush, Item, Session, SinkStats, Writer, as_exception, refusal
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.sink import RunInfo, Sink
@@ -43,18 +43,12 @@ class Channel:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
-        self._queue: deque[Item] = deque()
-        self._nbytes = 0
-        self._in_write = self._in_write_nbytes = 0
+        self._queue = Backlog(sink)
         self._emitted = self._written = self._dropped = self._failed = 0
         self._last_error: Exception | None = None
         self._patience = _PATIENCE
         self._urgent = False
-        self._abandoned = False
-        self._flush_wanted = 0
-        self._flush_done = 0
-        self._flush_failed = False
-        self._failed_before = 0
+        self._flushes: list[Flush] = []
         self._writers: list[Writer] = []
         self._claims: Claims[Writer] = Claims()
         self._session: Session | None = None
@@ -85,6 +79,26 @@ class Channel:
                 if not self._writers:
                     self.end()
 
+    def renew(self, run: Callable[[], RunInfo]) -> None:
+        """Close the sink once what is queued is written, and open it again with the next frame.
+
+        Args:
+            run: Whose run has changed. Another's session stays as it is, and so does one that has
+                not begun, since it will be told the run as it is now.
+        """
+        with self._lock:
+            old = self._session
+            if old is None or old.ended or old.ask is not run or not old.begun:
+                return
+            self._session = Session(run, old.report, old)
+            _ = self._session.run  # as it is now, though the sink may open later
+            for writer in self._writers:
+                writer.session = self._session
+            # What was written of steps that come again is void.
+            self._claims = Claims()
+            old.ended = True
+            self._rouse()
+
     @property
     def at_rest(self) -> bool:
         """Whether no chain ends here, nothing waits and no worker runs."""
@@ -111,7 +125,6 @@ class Channel:
             The chain that has written one of these layers at this step already, if there is one;
             the frame is dropped then.
         """
-        sink = self.sink
         with self._lock:
             self._emitted += 1
             rival = self._claims.claim(writer, topic, step, layers)
@@ -120,24 +133,23 @@ class Channel:
                 return rival
             if self._thread is None:
                 self._start(item.session)
-            if not self._roomy(item.nbytes):
+            if not self._queue.roomy(item.nbytes):
                 self._make_room(item.nbytes)
-            self._queue.append(item)
-            self._nbytes += item.nbytes
-            if not self._urgent and (
-                2 * len(self._queue) > sink.capacity or 2 * self._nbytes > sink.max_bytes
-            ):
+            self._queue.add(item)
+            if not self._urgent and self._queue.half_full:
                 self._rouse()
         return None
 
-    def ask_flush(self) -> int:
-        """Have the worker write and flush what is queued now; a number for `await_flush`."""
+    def ask_flush(self) -> Flush:
+        """Have the worker write and flush what is queued now; for `await_flush`."""
+        flush = Flush()
         with self._lock:
-            self._flush_wanted += 1
-            self._rouse()
-            return self._flush_wanted
+            if self._thread is not None:
+                self._flushes.append(flush)
+                self._rouse()
+            return flush
 
-    def await_flush(self, number: int, timeout: float | None) -> bool:
+    def await_flush(self, flush: Flush, timeout: float | None) -> bool:
         """Wait for that flush.
 
         Returns:
@@ -145,12 +157,10 @@ class Channel:
             or the sink's own worker asks.
         """
         with self._lock:
-            if self._thread is None:
-                return True
             if self._thread is threading.current_thread():
                 return False
-            done = self._done.wait_for(lambda: self._flush_done >= number or self._thread is None, timeout)
-            return done and not self._flush_failed
+            done = self._done.wait_for(lambda: flush.done or self._thread is None, timeout)
+            return done and not flush.failed
 
     def finish(self, deadline: float) -> bool:
         """Wait until the worker has closed the sink and ended; give up what is left at `deadline`.
@@ -164,18 +174,20 @@ class Channel:
         with self._lock:
             thread, session = self._thread, self._session
             if thread is None or thread is threading.current_thread():
-                return self._sound()
+                return session is None or session.sound
             left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
             in_time = self._done.wait_for(lambda: self._thread is not thread, left)
             if not in_time:
-                waiting, in_write = len(self._queue), self._in_write
-                self._abandoned = True
+                waiting, in_write = len(self._queue), self._queue.in_write
+                for given_up in (self._opened, session):
+                    if given_up is not None:
+                        given_up.abandoned = True
                 self._drop(waiting)
                 self._wake.notify_all()
         if in_time:
             # It has nothing left to do but return.
             thread.join(1.0)
-            return self._sound()
+            return session is None or session.sound
         error = StreamlensError(
             f"{self.name} did not finish in time: {waiting} frames were lost and {in_write} are in a write "
             "that has not come back; allow it more with close(timeout=...)"
@@ -184,9 +196,6 @@ class Channel:
             self._fail(error, session)
         return False
 
-    def _sound(self) -> bool:
-        return not self._flush_failed and self._failed == self._failed_before
-
     def stats(self) -> SinkStats:
         """The counters, all of one moment."""
         with self._lock:
@@ -194,7 +203,7 @@ class Channel:
                 emitted=self._emitted,
                 written=self._written,
                 dropped=self._dropped,
-                queued=len(self._queue) + self._in_write,
+                queued=len(self._queue) + self._queue.in_write,
                 failed=self._failed,
                 last_error=self._last_error,
             )
@@ -213,32 +222,23 @@ class Channel:
             self._dropped += 1
             raise
         self._thread = thread
-        self._abandoned = False
-        self._failed_before = self._failed
         process.worker_started(self)
-
-    def _roomy(self, nbytes: int) -> bool:
-        # What is being written takes room too: a write may hang for ever.
-        frames = len(self._queue) + self._in_write
-        held = self._nbytes + self._in_write_nbytes
-        return not self._queue or (frames < self.sink.capacity and held + nbytes <= self.sink.max_bytes)
 
     def _make_room(self, nbytes: int) -> None:
         if self._patience > 0 and threading.current_thread() is not self._thread and self._queue:
-            ticket = self._queue[0].ticket
+            ticket = self._queue.oldest.ticket
             if ticket is not None:
                 # A burst larger than the queue: the worker cannot wait for its end.
                 ticket.settle()
             self._rouse()
             start = time.monotonic()
-            self._done.wait_for(lambda: self._roomy(nbytes), self._patience)
+            self._done.wait_for(lambda: self._queue.roomy(nbytes), self._patience)
             self._patience -= time.monotonic() - start
-        while not self._roomy(nbytes):
+        while not self._queue.roomy(nbytes):
             self._drop(1)
 
     def _drop(self, count: int) -> None:
-        for _ in range(count):
-            self._nbytes -= self._queue.popleft().nbytes
+        self._queue.drop(count)
         self._dropped += count
 
     # -- on the worker -----------------------------------------------------------------------
@@ -249,16 +249,19 @@ class Channel:
                 if not self._urgent:
                     self._wake.wait(max(_SHORTEST_WAIT, self.sink.max_latency))
                 self._urgent = False
-                wanted, pending, failed = self._flush_wanted, len(self._queue), self._failed
-                hurry = wanted > self._flush_done or (self._session is not None and self._session.ended)
+                asked, pending, failed = self._flushes, len(self._queue), self._failed
+                self._flushes = []
+                hurry = bool(asked) or (self._session is not None and self._session.ended)
             wrote = self._drain(pending, hurry)
             flushed = self._opened is None or not (wrote or hurry) or self._call(self.sink.flush)
             with self._lock:
-                self._flush_failed = not flushed or self._failed > failed
-                self._flush_done = wanted
+                for flush in asked:
+                    flush.done, flush.failed = True, not flushed or self._failed > failed
                 if not self._queue:
                     self._patience = _PATIENCE
                 session = self._opened or self._session
+                if session is not None:
+                    session.unflushed = not flushed
                 over = not self._queue and session is not None and session.ended
                 self._done.notify_all()
             if over and self._retire():
@@ -268,32 +271,14 @@ class Channel:
         """Write the frames that were queued when this round began."""
         wrote = False
         while pending > 0:
-            batch = self._take(min(pending, _BATCH, max(1, self.sink.capacity // 2)), hurry)
+            with self._lock:
+                batch = self._queue.take(min(pending, _BATCH), hurry)
+                self._done.notify_all()
             if not batch:
                 break
             pending -= len(batch)
             wrote = self._write(batch) or wrote
         return wrote
-
-    def _take(self, most: int, hurry: bool) -> list[Item]:
-        """The oldest frames of one session on their way to the host: half of what may wait, at most."""
-        batch: list[Item] = []
-        with self._lock:
-            nbytes = 0
-            while self._queue and len(batch) < most:
-                item = self._queue[0]
-                if batch and item.session is not batch[0].session:
-                    break
-                if batch and nbytes + item.nbytes > self.sink.max_bytes // 2:
-                    break
-                if not (hurry or item.ticket is None or item.ticket.ready(self.sink.max_latency)):
-                    break
-                batch.append(self._queue.popleft())
-                nbytes += item.nbytes
-            self._nbytes -= nbytes
-            self._in_write, self._in_write_nbytes = len(batch), nbytes
-            self._done.notify_all()
-        return batch
 
     def _write(self, batch: list[Item]) -> bool:
         session = batch[0].session
@@ -304,14 +289,14 @@ class Channel:
                 frame = item.on_host()
                 refused = refusal(frame, self.sink)
             except Exception as error:
-                self._count(failed=1)
+                self._count(session, failed=1)
                 self._fail(error, session)
                 continue
             if refused is None:
                 frames.append(frame)
                 received.append(item.received)
                 continue
-            self._count(dropped=1)
+            self._count(session, dropped=1)
             if frame.topic not in self._refused:
                 self._refused.add(frame.topic)
                 self._fail(refused, session)
@@ -319,9 +304,9 @@ class Channel:
             return False
         failure = self._try_write(session, frames, received)
         if failure is None:
-            self._count(written=len(frames))
+            self._count(session, written=len(frames))
             return True
-        self._count(failed=len(frames))
+        self._count(session, failed=len(frames))
         self._fail(failure, session)
         return False
 
@@ -330,14 +315,14 @@ class Channel:
         for attempt in range(max(0, self.sink.retries) + 1):
             if attempt:
                 with self._lock:
-                    if self._wake.wait_for(lambda: self._abandoned, _BACK_OFF * 2 ** (attempt - 1)):
+                    if self._wake.wait_for(lambda: session.abandoned, _BACK_OFF * 2 ** (attempt - 1)):
                         break
             try:
                 self._open(session)
                 self.sink.received = received
                 self.sink.write(frames)
             except BaseException as raised:  # a worker that dies would stall its sink for good
-                failure = _as_exception(raised)
+                failure = as_exception(raised)
             else:
                 return None
         return failure
@@ -350,7 +335,8 @@ class Channel:
 
     def _close(self) -> None:
         if self._opened is not None:
-            self._call(self.sink.close)
+            if not self._call(self.sink.close):
+                self._opened.unflushed = True
             self._opened = None
             self._refused.clear()
 
@@ -359,7 +345,7 @@ class Channel:
             hook()
         except BaseException as raised:  # as above
             if self._opened is not None:
-                self._fail(_as_exception(raised), self._opened)
+                self._fail(as_exception(raised), self._opened)
             return False
         return True
 
@@ -374,22 +360,15 @@ class Channel:
             self._done.notify_all()
         return True
 
-    def _count(self, *, written: int = 0, dropped: int = 0, failed: int = 0) -> None:
+    def _count(self, session: Session, written: int = 0, dropped: int = 0, failed: int = 0) -> None:
         with self._lock:
+            session.failed += failed
             self._written += written
             self._dropped += dropped + failed
             self._failed += failed
-            self._in_write -= written + dropped + failed
-            if not self._in_write:
-                self._in_write_nbytes = 0
+            if self._queue.finished(written + dropped + failed):
                 self._done.notify_all()
 
     def _fail(self, error: Exception, session: Session) -> None:
         self._last_error = error
         session.report(error, f"sink {self.name}")
-
-
-def _as_exception(raised: BaseException) -> Exception:
-    if isinstance(raised, Exception):
-        return raised
-    return RuntimeError(f"a sink raised {type(raised).__name__}: {raised}")

@@ -164,7 +164,7 @@ class Delivery:
         self.end_burst()
         deadline = _deadline(timeout)
         asked = [(channel, channel.ask_flush()) for channel in self._live_channels()]
-        done = [channel.await_flush(number, _left(deadline)) for channel, number in asked]
+        done = [channel.await_flush(flush, _left(deadline)) for channel, flush in asked]
         self._raise_pending()
         return all(done)
 
@@ -185,12 +185,18 @@ class Delivery:
         self._proxies.clear()
         channels = self._live_channels()
         asked = [(channel, channel.ask_flush()) for channel in channels if channel.in_use]
-        done = [channel.await_flush(number, _left(deadline)) for channel, number in asked]
+        done = [channel.await_flush(flush, _left(deadline)) for channel, flush in asked]
         done += [channel.finish(deadline) for channel in channels if not channel.in_use]
         process.restore_sigterm()
         self._retire()
         self._raise_pending()
         return all(done)
+
+    def renew(self) -> None:
+        """The run goes on from a snapshot: sinks that have begun to write it close and open again."""
+        self.end_burst()
+        for channel in self._live_channels():
+            channel.renew(self._run)
 
     def stats(self) -> dict[str, SinkStats]:
         """The counters of every sink that this delivery was connected to, by its class's name."""

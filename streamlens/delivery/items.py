@@ -13,7 +13,7 @@ from streamlens.sink import ALL_KINDS, RunInfo, Sink, value_kinds
 if TYPE_CHECKING:
     from streamlens.delivery.transfer import Ticket
 
-__all__ = ["Item", "Session", "SinkStats", "Writer", "labelled", "refusal"]
+__all__ = ["Flush", "Item", "Session", "SinkStats", "Writer", "as_exception", "labelled", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,46 @@ class Session:
     Args:
         run: Gives what the sink is told when it opens.
         report: Receives failures and where they happened.
+        before: What it goes on from, where the run went back to a snapshot.
     """
 
-    __slots__ = ("_info", "_run", "ended", "report")
+    __slots__ = ("_before", "_info", "abandoned", "ask", "ended", "failed", "report", "unflushed")
 
-    def __init__(self, run: Callable[[], RunInfo], report: Callable[[Exception, str], None]) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: Callable[[], RunInfo],
+        report: Callable[[Exception, str], None],
+        before: Session | None = None,
+    ) -> None:
+        self._before = before
+        self.ask = run
         self._info: RunInfo | None = None
         self.report = report
         self.ended = False
+        self.abandoned = False
+        """Whether `close(timeout)` ran out: what is failing now is not tried again."""
+        self.failed = 0
+        """Frames whose write failed for good."""
+        self.unflushed = False
+        """Whether the last flush failed, or the closing of the sink."""
 
     @property
     def run(self) -> RunInfo:
         """The run as it was when this was first asked for."""
         if self._info is None:
-            self._info = self._run()
+            self._info = self.ask()
         return self._info
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything that was given to the sink was written and flushed, so far."""
+        whole = not (self.failed or self.unflushed)
+        return whole and (self._before is None or self._before.sound)
+
+    @property
+    def begun(self) -> bool:
+        """Whether `run` was asked for, because a frame came."""
+        return self._info is not None
 
 
 class Writer:
@@ -72,6 +96,16 @@ class Writer:
     def __init__(self, chain: str, session: Session) -> None:
         self.chain = chain
         self.session = session
+
+
+class Flush:
+    """What somebody waits for who asked for a flush."""
+
+    __slots__ = ("done", "failed")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.failed = False
 
 
 @dataclass(slots=True)
@@ -106,6 +140,13 @@ def labelled(frame: Frame) -> Frame:
     source = frame.source
     layers = tuple(f"{source}.{layer}" if layer else source for layer in frame.layers)
     return frame.replace(topic=f"{source}/{frame.topic}", layers=layers, source="")
+
+
+def as_exception(raised: BaseException) -> Exception:
+    """What a sink raised, as an exception that can be reported."""
+    if isinstance(raised, Exception):
+        return raised
+    return RuntimeError(f"a sink raised {type(raised).__name__}: {raised}")
 
 
 def refusal(frame: Frame, sink: Sink) -> StreamlensError | None:

@@ -28,6 +28,7 @@ __all__ = [
     "dump_json",
     "encode_values",
     "frame_of",
+    "layout_of",
     "specs_of",
 ]
 
@@ -115,6 +116,16 @@ class Layout:
         """Bytes of one frame."""
         return sum(self.sizes)
 
+    @cached_property
+    def series(self) -> int:
+        """Numbers in one frame."""
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @cached_property
+    def rolls(self) -> bool:
+        """Whether frames are rolled up: they hold numbers, all of one type and shape."""
+        return self.holds_numbers and len(set(self.tensors)) == 1 and self.series > 0
+
 
 def specs_of(frame: Frame) -> Spec | tuple[Spec, ...]:
     """Type and shape of a frame's tensor, or of each of its tensors; hashable and cheap."""
@@ -123,15 +134,32 @@ def specs_of(frame: Frame) -> Spec | tuple[Spec, ...]:
     return tuple((value.dtype, value.shape) for value in frame.values)
 
 
+def layout_of(frame: Frame, specs: Spec | tuple[Spec, ...]) -> Layout:
+    """What a frame has in common with others of its topic; `specs` is what `specs_of` returned."""
+    return Layout(
+        frame.kind,
+        frame.source,
+        frame.layers,
+        frame.components,
+        frame.stacked,
+        tuple(map(_named, _each(specs))),
+    )
+
+
 def describe(specs: Spec | tuple[Spec, ...]) -> str:
     """The text by which the store keeps what `specs_of` returned."""
+    named = tuple(map(_named, _each(specs)))
+    return json.dumps(named if _each(specs) is specs else named[0])
 
-    def one(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, list[int]]:
-        return str(dtype).removeprefix("torch."), list(shape)
 
-    if len(specs) == 2 and isinstance(specs[0], torch.dtype):
-        return json.dumps(one(*specs))
-    return json.dumps([one(*spec) for spec in specs])
+def _each(specs: Spec | tuple[Spec, ...]) -> tuple[Spec, ...]:
+    single = len(specs) == 2 and isinstance(specs[0], torch.dtype)
+    return cast("tuple[Spec, ...]", (specs,) if single else specs)
+
+
+def _named(spec: Spec) -> tuple[str, tuple[int, ...]]:
+    dtype, shape = spec
+    return str(dtype).removeprefix("torch."), tuple(shape)
 
 
 def encode_values(frame: Frame) -> bytes:

@@ -3,74 +3,32 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from streamlens.errors import RunStoreError, UnknownTopicError, did_you_mean
 from streamlens.frame import Frame
+from streamlens.runs.catalogue import absolute, close, pick, readable, records
 from streamlens.runs.codec import Layout, decode_frame
 from streamlens.runs.downsample import MIN_POINTS
-from streamlens.runs.schema import explain, open_for_reading, untext
-from streamlens.runs.selection import Steps, select_layers, step_condition
+from streamlens.runs.envelope import envelope
+from streamlens.runs.rows import FRAMES, Reading, layouts_of
+from streamlens.runs.schema import open_for_reading, untext
+from streamlens.runs.selection import Steps, select_layers, step_bounds, step_condition
 from streamlens.runs.tidy import checked_row, merge_orders, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Reading", "Run", "RunRecord", "list_runs", "read_run"]
-
-_LAYOUTS: Final = (
-    "SELECT layout, kind, source, l.names, c.names, stacked, tensors FROM layouts "
-    "JOIN name_lists l ON l.list = layers JOIN name_lists c ON c.list = components "
-    "WHERE topic = ? ORDER BY layout"
-)
-_FRAMES: Final = (
-    "SELECT step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
-    "FROM frames WHERE topic = ?"
-)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run store says about one of its runs.
-
-    Attributes:
-        id: What identifies the run, the same after it was resumed.
-        name: What people call it.
-        started: When it began, in seconds since 1970 (UTC).
-        metadata: Whatever was given along with it.
-    """
-
-    id: str
-    name: str
-    started: float
-    metadata: Mapping[str, Any]
-
-
-def list_runs(path: str | os.PathLike[str]) -> list[RunRecord]:
-    """The runs in the file, in the order in which they began.
-
-    Raises:
-        RunStoreError: There is no run store at `path`, or it is damaged.
-    """
-    path = _absolute(path)
-    db, copies = open_for_reading(path)
-    try:
-        with _readable(path):
-            return [record for _, record in _records(db)]
-    finally:
-        _close(db, copies)
+__all__ = ["Run", "read_run"]
 
 
 def read_run(path: str | os.PathLike[str], run: str | int | None = None) -> Run:
@@ -79,7 +37,7 @@ def read_run(path: str | os.PathLike[str], run: str | int | None = None) -> Run:
     Args:
         path: The file that a `RunStore` wrote.
         run: The run's id, or its position among `list_runs(path)` (negative from the end). By
-            default the one that began last.
+            default the one that was written last.
 
     Raises:
         RunStoreError: There is no run store at `path`, it is damaged, or has no such run.
@@ -95,20 +53,20 @@ class Run:
 
     Args:
         path: The file that a `RunStore` wrote.
-        run: The run's id or its position in the file; by default the one that began last.
+        run: The run's id or its position in the file; by default the one that was written last.
 
     Raises:
         RunStoreError: There is no run store at `path`, it is damaged, or has no such run.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str | int | None = None) -> None:
-        self._path = _absolute(path)
+        self._path = absolute(path)
         self._mutex = threading.RLock()
         self._db, self._copies = open_for_reading(self._path)
         try:
-            with _readable(self._path):
-                records = _records(self._db)
-            self._number, self._record = _pick(self._path, records, run)
+            with readable(self._path):
+                found = records(self._db, self._path)
+            self._number, self._record = pick(self._path, found, run)
         except BaseException:
             self.close()
             raise
@@ -139,6 +97,16 @@ class Run:
         return self._record.metadata
 
     @property
+    def written(self) -> float:
+        """When the run had last been written as it was opened here, in seconds since 1970 (UTC)."""
+        return self._record.written
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """The process that began the run: its command, git commit, machine and versions."""
+        return self._record.origin
+
+    @property
     def topics(self) -> list[str]:
         """The topics of the run, in the order in which they first came."""
         with self._reading():
@@ -151,7 +119,7 @@ class Run:
             UnknownTopicError: The run has no such topic.
         """
         with self._reading():
-            layouts = self._layouts_of(self._topic(topic))
+            layouts = layouts_of(self._db, self._topic(topic))
         return merge_orders(layout.layers for layout in layouts.values())
 
     def holds_numbers(self, topic: str) -> bool:
@@ -161,7 +129,7 @@ class Run:
             UnknownTopicError: The run has no such topic.
         """
         with self._reading():
-            layouts = self._layouts_of(self._topic(topic))
+            layouts = layouts_of(self._db, self._topic(topic))
         return all(layout.holds_numbers for layout in layouts.values())
 
     def dataframe(
@@ -199,12 +167,61 @@ class Run:
         with self._reading():
             number = self._topic(topic)
             found = self._db.execute(
-                f"{_FRAMES}{condition} ORDER BY step, micro_step, sequence", (number, *bounds)
+                f"{FRAMES}{condition} ORDER BY step, micro_step, sequence", (number, *bounds)
             ).fetchall()
-            known = self._layouts_of(number)
+            known = layouts_of(self._db, number)
             rows = [checked_row(row, topic, known) for row in found]
         keep = select_layers(topic, merge_orders(layout.layers for layout in known.values()), layers)
         return tidy(rows, known, keep, max_points)
+
+    def envelope(
+        self,
+        topic: str,
+        layers: str | Sequence[str] | None = None,
+        steps: Steps | None = None,
+        max_points: int = 1000,
+    ) -> pd.DataFrame:
+        """Minimum, mean and maximum of each series over stretches of steps, as a chart draws them.
+
+        Of a long run the roll-ups over 10, 100 and 1,000 steps are read, so that its length hardly
+        matters: a million steps of 600 layers take about as long as a thousand. Stretches begin
+        where the step is divisible by their length; the first and last of a range count whole.
+
+        Columns: `step` (where the stretch begins), `epoch` (then), `layer`, `component` where the
+        topic names components, `min`, `mean`, `max`, `count` (values, which NaN are not), `missing`
+        (NaN), and `wall_time` (when its first frame was emitted). A stretch of NaN alone has NaN.
+        Minima and maxima are exact up to integers above 2**53; means are of float32 precision.
+
+        Args:
+            topic: One of `topics`; its values are numbers, one a layer or one a component.
+            layers: Names or globs of layers; by default all.
+            steps: One step, a slice or range without stride, or a pair of the first and the last.
+            max_points: At most this many stretches.
+
+        Raises:
+            UnknownTopicError: The run has no such topic.
+            LayerNotFoundError: A name or glob that selects no layer of the topic.
+            ValueError: The topic holds whole tensors, `steps` has a stride or a negative bound, or
+                `max_points` is below 1.
+            RunStoreError: The file is damaged.
+        """
+        if max_points < 1:
+            raise ValueError(f"max_points must be at least 1, got {max_points}")
+        bounds = step_bounds(steps)
+        with self._reading():
+            number = self._topic(topic)
+            known = layouts_of(self._db, number)
+        if not all(layout.rolls or not layout.series for layout in known.values()):
+            raise ValueError(
+                f"{topic!r} holds more than one kind of numbers a layer, and has no envelope: reduce it, for "
+                "example with norm(), or read it with dataframe()"
+            )
+        keep = select_layers(topic, merge_orders(layout.layers for layout in known.values()), layers)
+        with self._reading():
+            known = {
+                number: layout for number, layout in layouts_of(self._db, number).items() if layout.series
+            }
+            return envelope(self._db, number, known, keep, bounds, max_points)
 
     def frames(self, topic: str | None = None) -> Iterator[Frame]:
         """Yield the frames exactly as they were stored, in the order in which they were stored.
@@ -230,13 +247,13 @@ class Run:
             # from being merged into the file.
             with self._reading():
                 row = self._db.execute(
-                    f"{_FRAMES} AND step = ? AND micro_step = ? AND sequence = ?",
+                    f"{FRAMES} AND step = ? AND micro_step = ? AND sequence = ?",
                     (number, step, micro_step, sequence),
                 ).fetchone()
                 if row is None:
                     continue  # dropped meanwhile: the run was resumed from before it
                 if row[5] not in layouts:
-                    layouts.update(self._layouts_of(number))
+                    layouts.update(layouts_of(self._db, number))
                 _, _, epoch, _, layout, meta, data = checked_row(row, names[number], layouts)
                 frame = decode_frame(layouts[layout], names[number], step, micro_step, epoch, meta, data)
             yield frame
@@ -258,11 +275,11 @@ class Run:
     def reading(self) -> Iterator[Reading]:
         """Everything read inside is of one moment, whatever another process writes meanwhile."""
         with self._reading():
-            yield Reading(self._db, {t: (n, self._layouts_of(n)) for t, n in self._topics().items()})
+            yield Reading(self._db, {t: (n, layouts_of(self._db, n)) for t, n in self._topics().items()})
 
     def close(self) -> None:
         """Free the file; once is enough."""
-        _close(self._db, self._copies)
+        close(self._db, self._copies)
 
     def __enter__(self) -> Self:
         return self
@@ -284,7 +301,7 @@ class Run:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Everything read inside is of one moment, whatever another process writes meanwhile."""
-        with self._mutex, _readable(self._path):
+        with self._mutex, readable(self._path):
             self._db.execute("BEGIN")
             try:
                 yield
@@ -307,88 +324,3 @@ class Run:
                 f"Topics: {', '.join(topics) or 'none yet'}"
             )
         return topics[topic]
-
-    def _layouts_of(self, topic: int) -> dict[int, Layout]:
-        return {
-            number: Layout.from_row(kind, untext(source), *rest)
-            for number, kind, source, *rest in self._db.execute(_LAYOUTS, (topic,))
-        }
-
-
-class Reading:
-    """The rows of a run, at one moment."""
-
-    def __init__(self, db: sqlite3.Connection, topics: dict[str, tuple[int, dict[int, Layout]]]) -> None:
-        self._db = db
-        self._topics = topics
-
-    def topics(self) -> dict[str, tuple[int, dict[int, Layout]]]:
-        """The number and the layouts of each topic."""
-        return self._topics
-
-    def steps(self, topics: Sequence[int]) -> tuple[int, int]:
-        """The first and the last step of some topics; (0, -1) where there is none."""
-        found = [
-            self._db.execute(f"SELECT {end}(step) FROM frames WHERE topic = ?", (topic,)).fetchone()[0]
-            for topic in topics
-            for end in ("min", "max")
-        ]
-        known = [step for step in found if step is not None]
-        return (min(known), max(known)) if known else (0, -1)
-
-    def rows(self, topics: Sequence[int], start: int, stop: int) -> list[tuple[Any, ...]]:
-        """The rows of some topics in `[start, stop)`: the topic's number, then what `checked_row` takes."""
-        found: list[tuple[Any, ...]] = []
-        for topic in topics:
-            found += self._db.execute(
-                "SELECT topic, step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
-                "FROM frames WHERE topic = ? AND step >= ? AND step < ?",
-                (topic, start, stop),
-            )
-        return found
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.realpath(path))
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes of reading into one error that names the file."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:
-        raise  # a closed run: no fault of the file's
-    except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
-        raise explain(path, error) from error
-
-
-def _close(db: sqlite3.Connection, copies: tempfile.TemporaryDirectory[str] | None) -> None:
-    db.close()
-    if copies is not None:
-        copies.cleanup()
-
-
-def _records(db: sqlite3.Connection) -> list[tuple[int, RunRecord]]:
-    rows = db.execute("SELECT run, id, name, started, metadata FROM runs ORDER BY run")
-    return [
-        (number, RunRecord(untext(key), untext(name), started, json.loads(metadata)))
-        for number, key, name, started, metadata in rows
-    ]
-
-
-def _pick(
-    path: Path, records: Sequence[tuple[int, RunRecord]], run: str | int | None
-) -> tuple[int, RunRecord]:
-    if not records:
-        raise RunStoreError(f"{path} holds no run yet: wait until the run that writes it has begun")
-    if isinstance(run, str):
-        for number, record in records:
-            if record.id == run:
-                return number, record
-    elif -len(records) <= (index := -1 if run is None else run) < len(records):
-        return records[index]
-    known = ", ".join(repr(record.id) for _, record in records)
-    raise RunStoreError(
-        f"no run {run!r} in {path}: pass an id or a position among its {len(records)} runs: {known}"
-    )

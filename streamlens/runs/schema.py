@@ -2,7 +2,9 @@
 
 A run store is one SQLite file. All runs of the file share these tables:
 
-- `runs`: one row a run, keyed by the id that the run keeps when it is resumed;
+- `runs`: one row a run, keyed by the id that the run keeps when it is resumed. `written` is when it
+  was last written, `resumption` which loading of a snapshot it last went back for, `origin` the
+  process that began it;
 - `topics`: one row a topic and run, in the order in which the topics first came;
 - `name_lists`: tuples of layer or component names, as JSON arrays, each stored once;
 - `layouts`: what frames of one topic have in common: kind, source, layers, components, and the
@@ -11,7 +13,8 @@ A run store is one SQLite file. All runs of the file share these tables:
 - `frames`: one row a frame, clustered by (topic, step, micro_step, sequence), so that one topic
   is read over all its steps without touching another. `sequence` counts the frames of a run in
   the order in which they were stored. `data` is the raw little-endian bytes of all values,
-  `checksum` the CRC-32 of the row.
+  `checksum` the CRC-32 of the row;
+- `rollups`: minima, maxima and means over 10, 100 and 1,000 steps: see `runs/rollups.py`.
 
 `sequence` is never given twice, also where a resumed run drops frames: a key that a reader took
 earlier leads to the frame that had it, or to none.
@@ -30,23 +33,36 @@ from streamlens.errors import RunStoreError
 
 __all__ = [
     "APPLICATION_ID",
+    "ROLLUPS",
     "SCHEMA_VERSION",
     "SQLITE_ERRORS",
     "explain",
+    "is_run_store",
     "open_for_reading",
     "open_for_writing",
     "text",
     "untext",
+    "version_of",
 ]
 
 APPLICATION_ID: Final = 0x534C454E  # "SLEN": marks the file as a run store, also for file(1)
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 # A frame of a few thousand values fits into one page: with SQLite's default of 4 KiB most frames
 # spill into overflow pages, which halves the speed and doubles the file.
 _PAGE_SIZE: Final = 16384
 _BUSY_TIMEOUT: Final = 5.0
 _MAGIC: Final = b"SQLite format 3\0"
+
+ROLLUPS: Final = """CREATE TABLE rollups (
+    key INTEGER PRIMARY KEY,
+    frames INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    wall_time REAL NOT NULL,
+    checksum INTEGER NOT NULL,
+    data BLOB
+)"""
+"""The table of `runs/rollups.py`, which version 1 did not have."""
 
 _TABLES: Final = (
     """CREATE TABLE runs (
@@ -55,7 +71,10 @@ _TABLES: Final = (
         name TEXT NOT NULL,
         started REAL NOT NULL,
         metadata TEXT NOT NULL,
-        next_sequence INTEGER NOT NULL DEFAULT 0
+        next_sequence INTEGER NOT NULL DEFAULT 0,
+        written REAL NOT NULL DEFAULT 0,
+        resumption TEXT NOT NULL DEFAULT '',
+        origin TEXT NOT NULL DEFAULT '{}'
     )""",
     """CREATE TABLE topics (
         topic INTEGER PRIMARY KEY,
@@ -91,6 +110,7 @@ _TABLES: Final = (
         data BLOB NOT NULL,
         PRIMARY KEY (topic, step, micro_step, sequence)
     ) WITHOUT ROWID""",
+    ROLLUPS,
 )
 
 SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeDecodeError)
@@ -141,6 +161,16 @@ def explain(path: Path, error: Exception) -> RunStoreError:
     )
 
 
+def is_run_store(path: Path) -> bool:
+    """Return whether a file is marked as a run store, of whatever version and in whatever state."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except OSError:
+        return False
+    return header.startswith(_MAGIC) and int.from_bytes(header[68:72], "big") == APPLICATION_ID
+
+
 def _check_header(path: Path) -> bool:
     """Return whether a run store lies at `path` (False: nothing there); read the file, never write.
 
@@ -188,6 +218,11 @@ def _check_version(path: Path, application: int, version: int) -> None:
 
 def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def version_of(db: sqlite3.Connection) -> int:
+    """The version of an open store, which may change while it is read."""
+    return _pragma(db, "user_version")
 
 
 def _connect(uri: str) -> sqlite3.Connection:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from streamlens.errors import LayerNotFoundError, did_you_mean
 
-__all__ = ["Steps", "select_layers", "step_condition"]
+__all__ = ["Steps", "select_layers", "step_bounds", "step_condition"]
 
 Steps: TypeAlias = int | slice | range | tuple[int | None, int | None]
 """Which steps: one, those of a slice or range, or from the first to the last of a pair."""
@@ -43,24 +43,9 @@ def step_condition(steps: Steps | None) -> tuple[str, list[int]]:
         ValueError: A slice with a negative bound.
         TypeError: `steps` is none of what `Steps` allows.
     """
-    match steps:
-        case None:
-            return "", []
-        case int():
-            return " AND step = ?", [steps]
-        case (first, last):
-            stride = 1
-        case range():
-            ordered = steps if steps.step > 0 else steps[::-1]
-            first, last, stride = ordered.start, ordered.stop - 1, ordered.step
-        case slice(start=start, stop=stop, step=step):
-            first, last, stride = start or 0, None if stop is None else stop - 1, step or 1
-            if first < 0 or stride < 1 or (stop is not None and stop < 0):
-                raise ValueError(
-                    f"steps={steps!r}: a slice of steps counts from step 0; its bounds cannot be negative"
-                )
-        case _:
-            raise TypeError(f"steps={steps!r}: pass a step, a slice, a range or a pair (first, last)")
+    first, last, stride = _interval(steps)
+    if isinstance(steps, int):
+        return " AND step = ?", [steps]
     condition, bounds = "", []
     if first is not None:
         condition, bounds = " AND step >= ?", [first]
@@ -69,3 +54,38 @@ def step_condition(steps: Steps | None) -> tuple[str, list[int]]:
     if first is not None and stride > 1:
         condition, bounds = f"{condition} AND (step - ?) % ? = 0", [*bounds, first, stride]
     return condition, bounds
+
+
+def step_bounds(steps: Steps | None) -> tuple[int | None, int | None]:
+    """The first and the last of steps that lie side by side; None for open.
+
+    Raises:
+        ValueError: A slice with a negative bound, or a stride.
+        TypeError: `steps` is none of what `Steps` allows.
+    """
+    first, last, stride = _interval(steps)
+    if stride > 1:
+        raise ValueError(f"steps={steps!r}: only steps side by side can be chosen here, without a stride")
+    return first, last
+
+
+def _interval(steps: Steps | None) -> tuple[int | None, int | None, int]:
+    """The first step, the last and the stride."""
+    match steps:
+        case None:
+            return None, None, 1
+        case int():
+            return steps, steps, 1
+        case (first, last):
+            return first, last, 1
+        case range():
+            ordered = steps if steps.step > 0 else steps[::-1]
+            return ordered.start, ordered.stop - 1, ordered.step
+        case slice(start=start, stop=stop, step=step):
+            first, last, stride = start or 0, None if stop is None else stop - 1, step or 1
+            if first < 0 or stride < 1 or (stop is not None and stop < 0):
+                raise ValueError(
+                    f"steps={steps!r}: a slice of steps counts from step 0; its bounds cannot be negative"
+                )
+            return first, last, stride
+    raise TypeError(f"steps={steps!r}: pass a step, a slice, a range or a pair (first, last)")

@@ -15,7 +15,7 @@ from streamlens.runs.downsample import extremes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["StoredFrame", "checked_row", "merge_orders", "tidy"]
+__all__ = ["StoredFrame", "categories", "checked_row", "merge_orders", "tidy"]
 
 StoredFrame: TypeAlias = tuple[int, int, int, float, int, str | None, bytes]
 """A row of the store: step, micro_step, epoch, wall_time, layout, meta, data."""
@@ -88,10 +88,10 @@ def tidy(
         "step": np.array(steps, np.int64)[frame],
         "micro_step": np.array(micro_steps, np.int64)[frame],
         "epoch": np.array(epochs, np.int64)[frame],
-        "layer": pd.Categorical.from_codes(layer, categories=_categories(keep)),
+        "layer": pd.Categorical.from_codes(layer, categories=categories(keep)),
     }
     if components:
-        columns["component"] = pd.Categorical.from_codes(component, categories=_categories(components))
+        columns["component"] = pd.Categorical.from_codes(component, categories=categories(components))
     columns["value"] = value
     columns["wall_time"] = np.array(times, np.float64)[frame]
     for key, entries in _meta_columns(metas).items():
@@ -100,7 +100,8 @@ def tidy(
     return pd.DataFrame(columns, copy=False)
 
 
-def _categories(names: Sequence[str]) -> pd.Index[Any]:
+def categories(names: Sequence[str]) -> pd.Index[Any]:
+    """Names as the categories of a column."""
     # Not left to pandas, whose own string type refuses names that are not valid Unicode.
     import pandas as pd
 

@@ -7,16 +7,28 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
-from streamlens.runs.codec import Spec, checksum, describe, dump_json, encode_values, specs_of
+from streamlens.runs.codec import (
+    Layout,
+    Spec,
+    checksum,
+    describe,
+    dump_json,
+    encode_values,
+    layout_of,
+    specs_of,
+)
 from streamlens.runs.lock import WriterLock
-from streamlens.runs.schema import SQLITE_ERRORS, explain, open_for_writing, text
+from streamlens.runs.migrations import open_store
+from streamlens.runs.rollups import LEVELS, RollUps
+from streamlens.runs.schema import SQLITE_ERRORS, explain, text
 
 __all__ = ["RunWriter"]
 
@@ -31,10 +43,6 @@ _CACHED: Final = 4096
 _ROW_RESERVE: Final = 1 << 20
 
 _log = logging.getLogger("streamlens")
-
-# Resumptions that this process has already carried out, as (file, run, step): a store that is
-# closed and opened again while the resumed run goes on must not lose what was written since.
-_resumed: set[tuple[Path, str, int]] = set()
 
 
 class _NameList(NamedTuple):
@@ -55,7 +63,11 @@ class RunWriter:
         name: What people call the run.
         metadata: Whatever goes with the run, kept as JSON.
         resumed_at: The last step of the snapshot that the run was resumed from: what the file
-            holds of this run beyond it is dropped, once a process. None for a fresh run.
+            holds of this run beyond it is dropped. None for a fresh run.
+        resumption: What tells this loading of a snapshot from every other. The file remembers it,
+            so that a store that is closed and opened again while the resumed run goes on keeps
+            what was written since. Without one, each opening drops.
+        origin: What is known of the process that begins the run, kept as JSON.
 
     Raises:
         RunStoreError: The file is no run store, damaged, of a newer version, being written by
@@ -70,6 +82,8 @@ class RunWriter:
         name: str = "",
         metadata: Mapping[str, Any] | None = None,
         resumed_at: int | None = None,
+        resumption: str = "",
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = Path(os.path.realpath(path))
         try:
@@ -80,11 +94,14 @@ class RunWriter:
             ) from error
         self._lock = WriterLock(self._path)
         try:
-            self._db = open_for_writing(self._path)
+            self._db = open_store(self._path)
             try:
                 self._limit = self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_RESERVE
+                self._rollups = RollUps(self._db)
                 self._forget()
-                self._run, self._sequence = self._begin(run_id, name, metadata or {}, resumed_at)
+                self._run, self._sequence = self._begin(run_id, name, metadata or {}, origin or {})
+                if resumed_at is not None:
+                    self._resume(resumed_at, resumption)
             except BaseException:
                 self._db.close()
                 raise
@@ -114,22 +131,18 @@ class RunWriter:
         if max(len(self._layouts), len(self._name_lists)) > _CACHED:
             self._forget()
         times = [time.time()] * len(frames) if wall_times is None else wall_times
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             rows: list[_Row] = []
             for frame, wall_time in zip(frames, times, strict=True):
                 row = self._row(frame, self._sequence + len(rows), float(wall_time))
                 if row is not None:
                     rows.append(row)
+            self._roll_up(rows)
             self._db.executemany(_INSERT, rows)
             end = self._sequence + len(rows)
-            self._db.execute("UPDATE runs SET next_sequence = ? WHERE run = ?", (end, self._run))
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            self._roll_back()
-            if isinstance(error, SQLITE_ERRORS):
-                raise explain(self._path, error) from error
-            raise
+            self._db.execute(
+                "UPDATE runs SET next_sequence = ?, written = ? WHERE run = ?", (end, time.time(), self._run)
+            )
         self._sequence = end
 
     def close(self) -> None:
@@ -147,35 +160,50 @@ class RunWriter:
     ) -> None:
         self.close()
 
-    def _begin(
-        self, run_id: str, name: str, metadata: Mapping[str, Any], resumed_at: int | None
-    ) -> tuple[int, int]:
-        """Return the number of the run in this file and the sequence of its next frame."""
-        key = text(run_id)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """What is written inside is written whole or not at all."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "INSERT OR IGNORE INTO runs (id, name, started, metadata) VALUES (?, ?, ?, ?)",
-                (key, text(name), time.time(), dump_json(metadata)),
-            )
-            run, sequence = self._db.execute(
-                "SELECT run, next_sequence FROM runs WHERE id = ?", (key,)
-            ).fetchone()
-            if resumed_at is not None and (self._path, run_id, resumed_at) not in _resumed:
-                self._drop_beyond(run, resumed_at)
+            yield
             self._db.execute("COMMIT")
         except BaseException as error:
             self._roll_back()
             if isinstance(error, SQLITE_ERRORS):
                 raise explain(self._path, error) from error
             raise
-        if resumed_at is not None:
-            _resumed.add((self._path, run_id, resumed_at))
+
+    def _begin(
+        self, run_id: str, name: str, metadata: Mapping[str, Any], origin: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """Return the number of the run in this file and the sequence of its next frame."""
+        key, now = text(run_id), time.time()
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO runs (id, name, started, metadata, origin) VALUES (?, ?, ?, ?, ?)",
+                (key, text(name), now, dump_json(metadata), dump_json(origin)),
+            )
+            self._db.execute("UPDATE runs SET written = ? WHERE id = ?", (now, key))
+            run, sequence = self._db.execute(
+                "SELECT run, next_sequence FROM runs WHERE id = ?", (key,)
+            ).fetchone()
         return int(run), int(sequence)
 
+    def _resume(self, step: int, resumption: str) -> None:
+        """Drop what the run holds beyond a step, unless this resumption has done so."""
+        with self._transaction():
+            done = "SELECT resumption FROM runs WHERE run = ?"
+            if resumption and self._db.execute(done, (self._run,)).fetchone()[0] == resumption:
+                return
+            self._drop_beyond(self._run, step)
+            self._db.execute("UPDATE runs SET resumption = ? WHERE run = ?", (resumption, self._run))
+
     def _drop_beyond(self, run: int, step: int) -> None:
+        # From the beginning of the longest stretch that reaches beyond the step.
+        first = (step + 1) // LEVELS[-1] * LEVELS[-1]
         for (topic,) in self._db.execute("SELECT topic FROM topics WHERE run = ?", (run,)).fetchall():
             self._db.execute("DELETE FROM frames WHERE topic = ? AND step > ?", (topic, step))
+            self._rollups.rebuild(topic, max(first, 0))
             # Layouts and topics are what a reader lists: those without a frame must go as well.
             self._db.execute(
                 "DELETE FROM layouts WHERE topic = ?1 AND layout NOT IN "
@@ -186,6 +214,16 @@ class RunWriter:
                 "DELETE FROM topics WHERE topic = ?1 AND NOT EXISTS (SELECT 1 FROM frames WHERE topic = ?1)",
                 (topic,),
             )
+
+    def _roll_up(self, rows: Sequence[_Row]) -> None:
+        groups: dict[tuple[int, int], list[tuple[int, int, float, bytes]]] = {}
+        for topic, step, _, _, epoch, wall_time, layout, _, _, data in rows:
+            groups.setdefault((topic, layout), []).append((step, epoch, wall_time, data))
+        for (topic, layout), group in groups.items():
+            try:
+                self._rollups.add(topic, layout, self._laid_out[layout], group)
+            except ValueError as error:
+                raise explain(self._path, error) from error
 
     def _row(self, frame: Frame, sequence: int, wall_time: float) -> _Row | None:
         try:
@@ -235,6 +273,7 @@ class RunWriter:
                 "tensors": describe(specs),
             }
             known = self._layouts[key] = (topic, self._intern("layouts", "layout", row))
+            self._laid_out[known[1]] = layout_of(frame, specs)
         return known
 
     def _name_list(self, names: tuple[str, ...]) -> _NameList:
@@ -266,7 +305,9 @@ class RunWriter:
 
     def _forget(self) -> None:
         self._layouts: dict[_LayoutKey, tuple[int, int]] = {}
+        self._laid_out: dict[int, Layout] = {}
         self._name_lists: dict[tuple[str, ...], _NameList] = {}
+        self._rollups.forget()
 
 
 def _key(

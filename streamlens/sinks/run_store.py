@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
+from streamlens.runs.origin import origin
 from streamlens.runs.writer import RunWriter
 from streamlens.sink import RunInfo, Sink
 
@@ -21,11 +22,17 @@ class RunStore(Sink):
     components, epoch, wall time and meta. What was written is committed at least every second
     and survives the death of the process.
 
-    A fresh run begins a new run in the file. A resumed one goes on with its own, of which what
-    lies beyond the step of its snapshot is dropped first. One file has one writer at a time; any
-    number of processes may read it meanwhile.
+    A fresh run begins a new run in the file, with what `observe(metadata=...)` was given (model and
+    hyper-parameters) and the process it came from (command, git commit, machine). A resumed one goes
+    on with its own, of which what lies beyond the step of its snapshot is dropped first, also where
+    a run goes back to a snapshot in mid-flight. One file has one writer at a time; any number of
+    processes may read it meanwhile.
 
-    Cost: one row a frame; 600 float32 values take 2.7 KB, at tens of millions of values a second.
+    Cost: one row a frame; 600 float32 values take 2.7 KB, and 1 KB more for the roll-ups by which
+    charts of long runs are read (`Run.envelope`); tens of millions of values a second.
+
+    Where the file system cannot share SQLite's write-ahead log, as network file systems cannot, a
+    rollback journal is used and a warning logged.
 
     Whatever keeps the file from being written (a folder without write permission, a full disk, a
     file that is no run store or that another run is writing) is a `RunStoreError`, which is
@@ -52,7 +59,13 @@ class RunStore(Sink):
             RunStoreError: The file cannot be used.
         """
         self._writer = RunWriter(
-            self.path, run.id, name=run.name, metadata=run.metadata, resumed_at=run.resumed_at
+            self.path,
+            run.id,
+            name=run.name,
+            metadata=run.metadata,
+            resumed_at=run.resumed_at,
+            resumption=run.resumption,
+            origin=origin(),
         )
 
     def write(self, frames: Sequence[Frame]) -> None:

@@ -16,18 +16,13 @@ import torch
 
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
-from streamlens.runs import RunWriter, list_runs, lock, read_run, schema, writer
+from streamlens.runs import RunWriter, list_runs, lock, read_run, schema
 from streamlens.runs.lock import WriterLock
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "run.db"
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_resumed", set())
 
 
 def loss(*steps: int, layer: str = "a") -> list[Frame]:
@@ -96,9 +91,16 @@ def test_a_resumed_run_that_opens_its_store_again_keeps_what_it_wrote_since(path
     with RunWriter(path, "a") as store:
         store.write(loss(0, 1, 2))
     for part in (loss(1), loss(2), loss(3)):
-        with RunWriter(path, "a", resumed_at=0) as store:
+        with RunWriter(path, "a", resumed_at=0, resumption="x") as store:
             store.write(part)
     assert steps(path) == [0, 1, 2, 3]
+
+
+def test_each_loading_of_one_snapshot_drops_what_lies_beyond_it(path: Path) -> None:
+    for number, part in enumerate((loss(0, 1, 2), loss(1, 2, 3), loss(1))):
+        with RunWriter(path, "a", resumed_at=0 if number else None, resumption=str(number)) as store:
+            store.write(part)
+    assert steps(path) == [0, 1]
 
 
 def test_a_run_resumed_into_a_file_that_does_not_know_it_begins_there(path: Path) -> None:

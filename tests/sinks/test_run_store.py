@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import streamlens as sl
 from streamlens.delivery import Delivery
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
 from streamlens.runs import list_runs, read_run
 from streamlens.sink import RunInfo
 from streamlens.sinks.run_store import RunStore
+from tests._runs import small_model
 
 
 def loss(*steps: int) -> list[Frame]:
@@ -162,3 +164,30 @@ def test_closing_twice_is_fine_and_writing_while_closed_is_not(
     with pytest.raises(RunStoreError, match=r"call open\(run\) first"):
         store.write(loss(0))
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_every_return_to_one_snapshot_in_one_process_drops_what_lies_beyond_it(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lens = sl.observe(model)
+    store = RunStore(tmp_path / "run.db")
+    lens.pipe(sl.norm("weights")).subscribe(store)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(4, 4)).sum().backward()
+            optimizer.step()
+
+    train(3)
+    snapshot = lens.state_dict()
+    for steps in (4, 3, 1):
+        train(steps)
+        assert lens.flush(10)
+        assert stored(store.path, lens.engine.run_id) == list(range(3 + steps))
+        lens.load_state_dict(snapshot)
+    train(2)
+    run_id = lens.engine.run_id
+    assert lens.close(10)
+    assert stored(store.path, run_id) == list(range(5))
+    assert [run.id for run in list_runs(store.path)] == [run_id]

@@ -1,0 +1,65 @@
+"""Rows of a run store, as everything that reads one needs them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from streamlens.runs.codec import Layout
+from streamlens.runs.schema import untext
+
+__all__ = ["FRAMES", "Reading", "layouts_of"]
+
+FRAMES: Final = (
+    "SELECT step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
+    "FROM frames WHERE topic = ?"
+)
+"""The rows of a topic, as `checked_row` takes them; conditions may follow."""
+
+_LAYOUTS: Final = (
+    "SELECT layout, kind, source, l.names, c.names, stacked, tensors FROM layouts "
+    "JOIN name_lists l ON l.list = layers JOIN name_lists c ON c.list = components "
+    "WHERE topic = ? ORDER BY layout"
+)
+
+
+def layouts_of(db: sqlite3.Connection, topic: int) -> dict[int, Layout]:
+    """The layouts of a topic, by their numbers."""
+    return {
+        number: Layout.from_row(kind, untext(source), *rest)
+        for number, kind, source, *rest in db.execute(_LAYOUTS, (topic,))
+    }
+
+
+class Reading:
+    """The rows of a run, at one moment."""
+
+    def __init__(self, db: sqlite3.Connection, topics: Mapping[str, tuple[int, dict[int, Layout]]]) -> None:
+        self._db = db
+        self._topics = topics
+
+    def topics(self) -> Mapping[str, tuple[int, dict[int, Layout]]]:
+        """The number and the layouts of each topic."""
+        return self._topics
+
+    def steps(self, topics: Sequence[int]) -> tuple[int, int]:
+        """The first and the last step of some topics; (0, -1) where there is none."""
+        found = [
+            self._db.execute(f"SELECT {end}(step) FROM frames WHERE topic = ?", (topic,)).fetchone()[0]
+            for topic in topics
+            for end in ("min", "max")
+        ]
+        known = [step for step in found if step is not None]
+        return (min(known), max(known)) if known else (0, -1)
+
+    def rows(self, topics: Sequence[int], start: int, stop: int) -> list[tuple[Any, ...]]:
+        """The rows of some topics in `[start, stop)`: the topic's number, then what `checked_row` takes."""
+        found: list[tuple[Any, ...]] = []
+        for topic in topics:
+            found += self._db.execute(
+                "SELECT topic, step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
+                "FROM frames WHERE topic = ? AND step >= ? AND step < ?",
+                (topic, start, stop),
+            )
+        return found
