@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from streamlens.operators.across_layers import across_layers
 from streamlens.operators.adam_moments import adam_moments
+from streamlens.operators.adversarial_susceptibility import adversarial_susceptibility
 from streamlens.operators.alerts import (
     dead_units,
     diverging,
@@ -81,6 +82,7 @@ __all__ = [
     "absmax",
     "across_layers",
     "adam_moments",
+    "adversarial_susceptibility",
     "align",
     "between",
     "combine",

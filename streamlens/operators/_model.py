@@ -35,6 +35,7 @@ __all__ = [
     "FindModel",
     "ModelNode",
     "check_every",
+    "check_unsharded",
     "due_per_epoch",
     "evaluating",
     "on_model",
@@ -135,6 +136,20 @@ def check_every(operator: str, every: int | None) -> None:
     """
     if every is not None and (not is_whole(every) or every < 1):
         raise ValueError(f"{operator}(every={every!r}): a number of steps from 1 on, or None")
+
+
+def check_unsharded(operator: str, model: nn.Module) -> None:
+    """Raise unless this process holds the whole model.
+
+    Raises:
+        StreamlensError: It does not.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise StreamlensError(
+                f"{operator}(): parameter {name!r} is sharded over several processes, and the model is "
+                "evaluated on one"
+            )
 
 
 def due_per_epoch(source: Observable[Frame], every: int | None) -> Observable[Frame]:

@@ -27,7 +27,7 @@ from streamlens.nodes import Emitted
 from streamlens.operators._base import is_whole, relabelled
 from streamlens.operators._batches import called, device_of, map_tensors, moved
 from streamlens.operators._isolated import isolated_copy, unwrapped, widened_input
-from streamlens.operators._model import FindModel, ModelNode, evaluating, on_model
+from streamlens.operators._model import FindModel, ModelNode, check_unsharded, evaluating, on_model
 from streamlens.operators._places import Places, check_places, check_unit_dim, rows_of
 from streamlens.operators._tensors import copies, wide
 from streamlens.stream import Operator, Stream
@@ -90,12 +90,7 @@ class Probe:
         Raises:
             StreamlensError: It has sharded parameters, or does not take such inputs.
         """
-        for name, parameter in model.named_parameters():
-            if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-                raise StreamlensError(
-                    f"{self.operator}(): parameter {name!r} is sharded over several processes, and the model "
-                    "is evaluated on one"
-                )
+        check_unsharded(self.operator, model)
         if self.forward is not None:
             return
         try:

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from streamlens.capture.hooks import first_tensor
 from streamlens.errors import StreamlensError
@@ -102,37 +103,55 @@ class Scoring:
         """
         if self.metric is not None:
             return self._of_metric(guess[None], labels)
+        dim, target = self._matched(guess, labels)
+        predicted, counted = guess[dim], target != self.ignore_index
+        if self.threshold is not None:
+            target = (target > 0.5).long()
+        right = (predicted == target.to(predicted.device)) & counted.to(predicted.device)
+        return torch.stack([wide(right.sum()), wide(counted.sum().to(predicted.device))])
+
+    def entropy(self, outputs: Tensor, labels: Any) -> Tensor:
+        """The cross entropy of outputs and labels, summed over the predictions; there is no `metric`.
+
+        Args:
+            outputs: Logits of classes, or of yes and no: what lies above the threshold.
+            labels: As for `tally`. Of class probabilities the largest is the label.
+
+        Raises:
+            StreamlensError: The labels do not fit the outputs.
+        """
+        dim, target = self._matched(self.guess(outputs), labels)
+        target = target.to(outputs.device)
+        if dim is None:
+            assert self.threshold is not None
+            yes, counted = (target > 0.5).to(outputs), (target != self.ignore_index).to(outputs)
+            return binary_cross_entropy_with_logits(outputs - self.threshold, yes, counted, reduction="sum")
+        logits = outputs.movedim(dim, -1).flatten(0, -2)
+        return cross_entropy(logits, target.flatten().long(), ignore_index=self.ignore_index, reduction="sum")
+
+    def _matched(self, guess: Guess, labels: Any) -> tuple[int | None, Tensor]:
+        """The dimension of classes that fits the labels, and these in the shape of the predictions."""
         target = first_tensor(labels)
         if target is None:
             raise StreamlensError(f"{self.operator}(): the labels, {type(labels).__name__}, have no tensor")
         target = target.detach()
-        if self.threshold is not None:
-            predicted = guess[None]
-            if target.numel() != predicted.numel():
-                raise self._misfit(predicted.shape, target.shape)
-            target = target.reshape(predicted.shape)
-            counted = target != self.ignore_index
-            target = (target > 0.5).long()
-        else:
-            predicted, target = self._matched(guess, target)
-            counted = target != self.ignore_index
-        right = (predicted == target.to(predicted.device)) & counted.to(predicted.device)
-        return torch.stack([wide(right.sum()), wide(counted.sum().to(predicted.device))])
-
-    def _matched(self, guess: Guess, target: Tensor) -> tuple[Tensor, Tensor]:
+        if None in guess:
+            if target.numel() != guess[None].numel():
+                raise self._misfit(guess[None].shape, target.shape)
+            return None, target.reshape(guess[None].shape)
         for dim, predicted in guess.items():
-            assert dim is not None  # only outputs kept as they are have no dimension of classes
+            assert dim is not None
             whole = target.is_floating_point() and target.ndim == predicted.ndim + 1
             if whole and target.shape[:dim] + target.shape[dim + 1 :] == predicted.shape:
                 # Class probabilities, as cross_entropy takes them too.
-                return predicted, _largest(target, dim)
-        for predicted in guess.values():
+                return dim, _largest(target, dim)
+        for dim, predicted in guess.items():
             if predicted.shape == target.shape:
-                return predicted, target
-        for predicted in reversed(guess.values()):
+                return dim, target
+        for dim, predicted in reversed(guess.items()):
             # Labels of all places in a row, or with a dimension of one left over.
             if predicted.numel() == target.numel() and 1 in (target.ndim, *target.shape[1:]):
-                return predicted, target.reshape(predicted.shape)
+                return dim, target.reshape(predicted.shape)
         raise self._misfit(next(iter(guess.values())).shape, target.shape)
 
     def _misfit(self, predicted: torch.Size, target: torch.Size) -> StreamlensError:

@@ -50,6 +50,9 @@ def _raw(*operators: Any) -> Chain:
 
 
 _ARGUMENTS: dict[str, Callable[[sl.Lens, int, int], list[Chain]]] = {
+    "adversarial_susceptibility": lambda lens, inputs, every: [
+        (sl.adversarial_susceptibility([_batch(inputs)], 0.1, every=every),),
+    ],
     "align": lambda lens, inputs, every: [(sl.align("weights", "weight_updates"),)],
     "across_layers": lambda lens, inputs, every: [(sl.norm("weights"), sl.across_layers("mean"))],
     "between": lambda lens, inputs, every: [(sl.topic("weights"), sl.between(1, 3), sl.ema(0.9))],

@@ -23,6 +23,7 @@ from streamlens.operators import (
     absmax,
     across_layers,
     adam_moments,
+    adversarial_susceptibility,
     align,
     between,
     combine,
@@ -111,6 +112,9 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "absmax": absmax,
     "across_layers": across_layers,
     "adam_moments": adam_moments,
+    "adversarial_susceptibility": lambda: adversarial_susceptibility(
+        [BATCH], 0.1, model=MODEL, metric=mse_loss, loss=mse_loss
+    ),
     "align": lambda: align("weights", "weight_updates"),
     "between": lambda: between(0),
     "combine": lambda: combine("weights", "weight_updates", fn=torch.add),
