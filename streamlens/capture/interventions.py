@@ -42,6 +42,10 @@ class Interventions:
     def __bool__(self) -> bool:
         return bool(self.acting or self.withheld)
 
+    def withholds(self, layer: str) -> bool:
+        """Whether a layer, or a parameter by its full name, is kept from updates."""
+        return any(layer in (name, name.rpartition(".")[0]) for name in self.withheld)
+
     def before(self, optimizer: Optimizer, entries: Sequence[ParameterEntry]) -> None:
         """The gradients are those of this update."""
         # Of an update that raised: by now these gradients are of an earlier step.

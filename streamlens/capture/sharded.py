@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from streamlens.errors import StreamlensError
 
-__all__ = ["WHOLE", "Part", "data_part", "fsdp_parameters", "known_part_of", "local", "part_of"]
+__all__ = ["WHOLE", "Part", "data_part", "fsdp_parameters", "is_dtensor", "known_part_of", "local", "part_of"]
 
 
 class Part(NamedTuple):

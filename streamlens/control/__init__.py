@@ -6,6 +6,7 @@ from streamlens.control.clip_at import ClipAt
 from streamlens.control.controller import Controller
 from streamlens.control.decision import Decision
 from streamlens.control.fixed_ratio import FixedRatio
+from streamlens.control.freeze import Freeze
 from streamlens.control.gradients import GradientController
 from streamlens.control.ratio_lr import RatioLR
 from streamlens.control.reduce_on_plateau import ReduceOnPlateau
@@ -21,6 +22,7 @@ __all__ = [
     "Decision",
     "ExponentialDecay",
     "FixedRatio",
+    "Freeze",
     "GradientController",
     "RatioLR",
     "ReduceOnPlateau",

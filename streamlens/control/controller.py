@@ -339,6 +339,10 @@ class Controller(Ending, ObserverBase[Frame]):
         trained = [entry for entry in self.engine.index.entries if entry.name not in withheld]
         return any(entry.layer in gone or entry.name in gone for gone in missing for entry in trained)
 
+    def frozen_by_others(self, layer: str) -> bool:
+        """Whether a `Freeze` keeps updates from a layer, so that its numbers say nothing of the training."""
+        return self.engine is not None and self.engine.updates.interventions.withholds(layer)
+
     def remember(self, layers: Sequence[str]) -> None:
         """Note the layers that came together."""
         if not any(set(layers) == set(known) for known in self._seen):

@@ -226,6 +226,9 @@ class RatioLR(RateController):
             raise StreamlensError(
                 f"RatioLR takes one number a layer, such as uw_ratio() gives, and {frame.topic!r} has more"
             )
+        ratios = {layer: ratio for layer, ratio in ratios.items() if not self.frozen_by_others(layer)}
+        if not ratios:
+            return None
         self._last_step = frame.step
         self.steps_seen += 1
         target = self.target_at(frame.step)

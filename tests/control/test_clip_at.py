@@ -18,20 +18,11 @@ import streamlens as sl
 from streamlens.control import ClipAt
 from streamlens.frame import Frame
 from tests._runs import small_model, steps_of
+from tests.control._steps import one_step
 
 
 def momentum(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-
-
-def one_step(model: nn.Module, optimizer: Optimizer, seed: int, clip: Any = lambda: None) -> None:
-    """A training step with a place for clipping in between."""
-    data = torch.Generator().manual_seed(seed)
-    optimizer.zero_grad()
-    x, y = torch.randn(6, 4, generator=data), torch.randint(0, 3, (6,), generator=data)
-    nn.functional.cross_entropy(model(x), y).backward()
-    clip()
-    optimizer.step()
 
 
 class ByHand:
