@@ -12,6 +12,7 @@ __all__ = [
     "OverwrittenActivationError",
     "PluginError",
     "RunStoreError",
+    "SinkError",
     "StreamlensError",
     "UnknownTopicError",
     "UnmergeableError",
@@ -53,6 +54,21 @@ class UnmergeableError(StreamlensError, ValueError):
 
 class RunStoreError(StreamlensError, RuntimeError):
     """A file that is not a run store, is damaged, or cannot be used as asked."""
+
+
+class SinkError(StreamlensError, RuntimeError):
+    """Something that a sink could not write.
+
+    Args:
+        message: What, and what to do about it.
+        retry: Whether the same write may succeed later.
+        after: Seconds to wait before that at least.
+    """
+
+    def __init__(self, message: str, *, retry: bool = True, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry = retry
+        self.after = after
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 import torch
 from reactivex.abc import ObserverBase
 
+from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from streamlens.delivery import Proxy
 
-__all__ = ["ALL_KINDS", "RunInfo", "Sink", "ValueKind", "value_kinds"]
+__all__ = ["ALL_KINDS", "RunInfo", "Sink", "ValueKind", "check_tensors", "refusal", "value_kinds"]
 
 ValueKind = Literal["scalar", "vector", "text", "image"]
 
@@ -72,9 +73,13 @@ class Sink(ObserverBase[Frame], ABC):
         max_bytes: How many bytes of values may be queued, likewise. One frame may always wait,
             however large it is.
         max_latency: Seconds that a frame may wait before the worker takes it.
-        retries: How often a failed write is tried again before its frames are given up.
-        kinds: What the sink can show. Frames of another kind are left out, counted as dropped and
-            reported once a topic. By default a sink is given everything.
+        retries: How often a failed write is tried again before its frames are given up. What a
+            session lost is logged once more, with its number, when the sink closes.
+        back_off: Seconds before the first retry; doubled for each one after it. A `SinkError` may ask
+            for longer, or for no retry.
+        kinds: What the sink can show. A chain that yields the run's own tensors is refused when it is
+            subscribed to a sink that shows no vectors. Other frames of another kind are left out,
+            counted as dropped and reported once a topic. By default a sink is given everything.
 
     Example:
         >>> class Printer(Sink):
@@ -87,6 +92,7 @@ class Sink(ObserverBase[Frame], ABC):
     max_bytes: int = 256 * 2**20
     max_latency: float = 1.0
     retries: int = 3
+    back_off: float = 0.02
     kinds: ClassVar[frozenset[ValueKind]] = ALL_KINDS
 
     received: Sequence[float] = ()
@@ -172,6 +178,41 @@ def _finish_workers() -> None:
     process = sys.modules.get("streamlens.delivery.process")
     if process is not None:
         process.finish_at_exit()
+
+
+def check_tensors(sink: Sink, plan: str) -> None:
+    """Raise for a sink that could show nothing of a chain of tensors.
+
+    Args:
+        sink: The sink that the chain ends in.
+        plan: The chain, as text.
+
+    Raises:
+        StreamlensError: It shows no vectors.
+    """
+    if sink.kinds.isdisjoint({"vector", "image"}):
+        name = type(sink).__name__
+        raise StreamlensError(
+            f"{name} shows {' and '.join(sorted(sink.kinds))} values, and the chain {plan} yields the "
+            f"run's own tensors: {_REMEDY}, before subscribing {name}"
+        )
+
+
+_REMEDY: Final = "reduce them first, for example with norm() or histogram()"
+
+
+def refusal(frame: Frame, sink: Sink) -> StreamlensError | None:
+    """Why a sink cannot show a frame; None if it can."""
+    if sink.kinds is ALL_KINDS:
+        return None
+    kinds = value_kinds(frame)
+    if not sink.kinds.isdisjoint(kinds):
+        return None
+    remedy = f": {_REMEDY}" if "vector" in kinds else ""
+    return StreamlensError(
+        f"{type(sink).__name__} shows {' and '.join(sorted(sink.kinds))} values, and {frame.topic!r} holds "
+        f"{kinds[0]} values{remedy}; its frames are left out here"
+    )
 
 
 def value_kinds(frame: Frame) -> tuple[ValueKind, ...]:

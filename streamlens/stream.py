@@ -19,7 +19,7 @@ from streamlens.chain import Attachment, Chain, Ending, current_chain
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.runtime import Runtime, default_runtime
-from streamlens.sink import Sink
+from streamlens.sink import Sink, check_tensors
 
 if TYPE_CHECKING:
     from streamlens.lens import Lens
@@ -153,6 +153,8 @@ class Stream(Observable[Frame]):
             return super().subscribe(cast("Any", on_next), on_error, on_completed, scheduler=scheduler)
         self.runtime.check_subscribing()
         self.check_subscribable()
+        if self.raw and isinstance(on_next, Sink):
+            check_tensors(on_next, self.plan_text)
         self._check_name(name)
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
         chain.session = self.lens.session if self.lens is not None else None

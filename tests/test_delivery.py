@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from reactivex import Subject
 
 from streamlens.delivery import Delivery, SinkStats
-from streamlens.errors import StreamlensError
+from streamlens.errors import SinkError, StreamlensError
 from streamlens.frame import Frame, Lease
 from streamlens.sink import RunInfo, Sink
 
@@ -768,3 +769,62 @@ def test_a_sink_that_could_not_be_closed_has_not_written_everything(bench: Bench
     bench.delivery.connect(Unclosable(), "chain").on_next(frame())
     assert bench.delivery.flush(5)
     assert not bench.delivery.close(5)
+
+
+# -- failures, retries and losses -----------------------------------------------------------------
+
+
+class Refusing(Recorder):
+    """Raises what it is given in every write, and notes when."""
+
+    retries = 2
+    back_off = 0.01
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.attempts: list[float] = []
+
+    def write(self, frames: Sequence[Frame]) -> None:
+        self.attempts.append(time.monotonic())
+        raise self.error
+
+
+def test_a_sink_error_says_whether_and_when_a_write_is_tried_again(bench: Bench) -> None:
+    hopeless, later = Refusing(SinkError("gone", retry=False)), Refusing(SinkError("busy", after=0.05))
+    for sink in (hopeless, later):
+        bench.delivery.connect(sink, "chain").on_next(frame())
+        assert not sink.drain(5)
+    assert len(hopeless.attempts) == 1
+    assert len(later.attempts) == 3
+    assert min(b - a for a, b in itertools.pairwise(later.attempts)) >= 0.05
+
+
+def test_waiting_for_a_retry_ends_when_the_run_gives_up(bench: Bench) -> None:
+    sink = Refusing(SinkError("busy", after=60))
+    bench.delivery.connect(sink, "chain").on_next(frame())
+    start = time.monotonic()
+    assert not bench.delivery.close(0.05)
+    assert time.monotonic() - start < 30
+
+
+def test_what_a_sink_lost_is_said_once_when_it_closes(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    failing, slow, sound = Failing(1), Hanging(), Recorder()
+    failing.retries = 0
+    slow.capacity = 2
+    proxies = [bench.delivery.connect(sink, "chain") for sink in (failing, slow, sound)]
+    proxies[1].on_next(frame(0))
+    assert slow.entered.wait(5)
+    for step in range(1, 6):
+        proxies[1].on_next(frame(step))
+    slow.let_go.set()
+    for step in range(3):
+        for proxy in (proxies[0], proxies[2]):
+            proxy.on_next(frame(step))
+        failing.drain(5)
+    assert not bench.delivery.close(5)
+    assert sorted(caplog.messages) == [
+        "sink Failing lost 1 frames: 1 in writes that failed (the last: disk full)",
+        "sink Hanging lost 4 frames: 4 because it was slower than the run",
+    ]
+    assert bench.stats("Hanging").dropped == 4

@@ -10,10 +10,11 @@ from typing import Final
 from streamlens.delivery import process
 from streamlens.delivery.backlog import Backlog
 from streamlens.delivery.claims import Claims
-from streamlens.delivery.items import Flush, Item, Session, SinkStats, Writer, as_exception, refusal
-from streamlens.errors import StreamlensError
+from streamlens.delivery.items import Flush, Item, Session, SinkStats, Writer, as_exception
+from streamlens.delivery.tally import Tally
+from streamlens.errors import SinkError, StreamlensError
 from streamlens.frame import Frame
-from streamlens.sink import RunInfo, Sink
+from streamlens.sink import RunInfo, Sink, refusal
 
 __all__ = ["Channel"]
 
@@ -21,8 +22,6 @@ _PATIENCE: Final = 0.05
 """Seconds that a full queue may hold the training thread up, until it has drained."""
 _BATCH: Final = 1024
 """The most frames of one write: what is lost at once when a write fails for good."""
-_BACK_OFF: Final = 0.02
-"""Seconds before the first retry; doubled for each one after it."""
 _SHORTEST_WAIT: Final = 0.001
 """Seconds that a worker sleeps at least, however small its sink's `max_latency`."""
 
@@ -44,8 +43,7 @@ class Channel:
         self._wake = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._queue = Backlog(sink)
-        self._emitted = self._written = self._dropped = self._failed = 0
-        self._last_error: Exception | None = None
+        self._tally = Tally()
         self._patience = _PATIENCE
         self._urgent = False
         self._flushes: list[Flush] = []
@@ -126,10 +124,10 @@ class Channel:
             the frame is dropped then.
         """
         with self._lock:
-            self._emitted += 1
+            self._tally.emitted += 1
             rival = self._claims.claim(writer, topic, step, layers)
             if rival is not None:
-                self._dropped += 1
+                self._tally.dropped += 1
                 return rival
             if self._thread is None:
                 self._start(item.session)
@@ -199,14 +197,7 @@ class Channel:
     def stats(self) -> SinkStats:
         """The counters, all of one moment."""
         with self._lock:
-            return SinkStats(
-                emitted=self._emitted,
-                written=self._written,
-                dropped=self._dropped,
-                queued=len(self._queue) + self._queue.in_write,
-                failed=self._failed,
-                last_error=self._last_error,
-            )
+            return self._tally.stats(len(self._queue) + self._queue.in_write)
 
     def _rouse(self) -> None:
         self._urgent = True
@@ -219,9 +210,10 @@ class Channel:
             thread = threading.Thread(target=self._work, name=f"streamlens-sink-{self.name}", daemon=True)
             thread.start()
         except Exception:
-            self._dropped += 1
+            self._tally.dropped += 1
             raise
         self._thread = thread
+        self._tally.begin()
         process.worker_started(self)
 
     def _make_room(self, nbytes: int) -> None:
@@ -236,10 +228,11 @@ class Channel:
             self._patience -= time.monotonic() - start
         while not self._queue.roomy(nbytes):
             self._drop(1)
+            self._tally.overrun += 1
 
     def _drop(self, count: int) -> None:
         self._queue.drop(count)
-        self._dropped += count
+        self._tally.dropped += count
 
     # -- on the worker -----------------------------------------------------------------------
 
@@ -249,14 +242,14 @@ class Channel:
                 if not self._urgent:
                     self._wake.wait(max(_SHORTEST_WAIT, self.sink.max_latency))
                 self._urgent = False
-                asked, pending, failed = self._flushes, len(self._queue), self._failed
+                asked, pending, failed = self._flushes, len(self._queue), self._tally.failed
                 self._flushes = []
                 hurry = bool(asked) or (self._session is not None and self._session.ended)
             wrote = self._drain(pending, hurry)
             flushed = self._opened is None or not (wrote or hurry) or self._call(self.sink.flush)
             with self._lock:
                 for flush in asked:
-                    flush.done, flush.failed = True, not flushed or self._failed > failed
+                    flush.done, flush.failed = True, not flushed or self._tally.failed > failed
                 if not self._queue:
                     self._patience = _PATIENCE
                 session = self._opened or self._session
@@ -313,10 +306,8 @@ class Channel:
     def _try_write(self, session: Session, frames: list[Frame], received: list[float]) -> Exception | None:
         failure: Exception | None = None
         for attempt in range(max(0, self.sink.retries) + 1):
-            if attempt:
-                with self._lock:
-                    if self._wake.wait_for(lambda: session.abandoned, _BACK_OFF * 2 ** (attempt - 1)):
-                        break
+            if failure is not None and not self._wait_to_retry(session, failure, attempt):
+                break
             try:
                 self._open(session)
                 self.sink.received = received
@@ -326,6 +317,16 @@ class Channel:
             else:
                 return None
         return failure
+
+    def _wait_to_retry(self, session: Session, failure: Exception, attempt: int) -> bool:
+        """Whether the write is worth another attempt; it is time for that then."""
+        wait = self.sink.back_off * 2 ** (attempt - 1)
+        if isinstance(failure, SinkError):
+            if not failure.retry:
+                return False
+            wait = max(wait, failure.after)
+        with self._lock:
+            return not self._wake.wait_for(lambda: session.abandoned, wait)
 
     def _open(self, session: Session) -> None:
         if self._opened is not session:
@@ -355,6 +356,7 @@ class Channel:
         with self._lock:
             if self._queue:
                 return False
+            self._tally.tell(self.name)
             self._thread = None
             process.worker_ended(self)
             self._done.notify_all()
@@ -363,12 +365,12 @@ class Channel:
     def _count(self, session: Session, written: int = 0, dropped: int = 0, failed: int = 0) -> None:
         with self._lock:
             session.failed += failed
-            self._written += written
-            self._dropped += dropped + failed
-            self._failed += failed
+            self._tally.written += written
+            self._tally.dropped += dropped + failed
+            self._tally.failed += failed
             if self._queue.finished(written + dropped + failed):
                 self._done.notify_all()
 
     def _fail(self, error: Exception, session: Session) -> None:
-        self._last_error = error
+        self._tally.last_error = error
         session.report(error, f"sink {self.name}")

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
-from streamlens.sink import ALL_KINDS, RunInfo, Sink, value_kinds
+from streamlens.sink import RunInfo
 
 if TYPE_CHECKING:
     from streamlens.delivery.transfer import Ticket
 
-__all__ = ["Flush", "Item", "Session", "SinkStats", "Writer", "as_exception", "labelled", "refusal"]
+__all__ = ["Flush", "Item", "Session", "SinkStats", "Writer", "as_exception", "labelled"]
 
 
 @dataclass(frozen=True)
@@ -147,17 +146,3 @@ def as_exception(raised: BaseException) -> Exception:
     if isinstance(raised, Exception):
         return raised
     return RuntimeError(f"a sink raised {type(raised).__name__}: {raised}")
-
-
-def refusal(frame: Frame, sink: Sink) -> StreamlensError | None:
-    """Why a sink cannot show a frame; None if it can."""
-    if sink.kinds is ALL_KINDS:
-        return None
-    kinds = value_kinds(frame)
-    if not sink.kinds.isdisjoint(kinds):
-        return None
-    remedy = ": reduce it first, for example with norm()" if "vector" in kinds else ""
-    return StreamlensError(
-        f"{type(sink).__name__} shows {' and '.join(sorted(sink.kinds))} values, and {frame.topic!r} holds "
-        f"{kinds[0]} values{remedy}; its frames are left out here"
-    )

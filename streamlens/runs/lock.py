@@ -16,8 +16,9 @@ from pathlib import Path
 
 from streamlens.errors import RunStoreError
 
-__all__ = ["WriterLock"]
+__all__ = ["WriterLock", "try_lock"]
 
+_HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 _log = logging.getLogger("streamlens")
@@ -25,13 +26,15 @@ _log = logging.getLogger("streamlens")
 if sys.platform == "win32":
     import msvcrt
 
+    _FAR = 1 << 60
+
     def _lock(descriptor: int) -> None:
-        # Windows locks bytes against reading too: a byte far behind the text that others read.
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        # Windows locks bytes against reading too: a byte far behind all that others read.
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
     def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
 
 else:
@@ -42,6 +45,28 @@ else:
 
     def _unlock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file against everybody else who locks it, until it is closed.
+
+    Args:
+        descriptor: The open file. Other ways in which it is opened, also by this process, are others.
+
+    Returns:
+        Whether it is ours now; also True on a file system that has no locks.
+
+    Raises:
+        OSError: The file cannot be locked, for another reason.
+    """
+    try:
+        _lock(descriptor)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 class WriterLock:

@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Any, Final
 from streamlens.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from streamlens.sinks.callback import Callback
     from streamlens.sinks.console import Console
+    from streamlens.sinks.csv import CSV
+    from streamlens.sinks.json_lines import JSONLines
     from streamlens.sinks.run_store import RunStore
     from streamlens.sinks.table import Table
     from streamlens.sinks.tensorboard import TensorBoard
 
-__all__ = ["Console", "RunStore", "Table", "TensorBoard"]
+__all__ = [
+    "CSV",
+    "Callback",
+    "Console",
+    "JSONLines",
+    "RunStore",
+    "Table",
+    "TensorBoard",
+]
 
 _HOMES: Final = {
+    "CSV": "streamlens.sinks.csv",
+    "Callback": "streamlens.sinks.callback",
     "Console": "streamlens.sinks.console",
+    "JSONLines": "streamlens.sinks.json_lines",
     "RunStore": "streamlens.sinks.run_store",
     "Table": "streamlens.sinks.table",
     "TensorBoard": "streamlens.sinks.tensorboard",

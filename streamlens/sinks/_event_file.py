@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlens.sinks._append_file import AppendFile
+
 __all__ = ["EventFile", "crc32c"]
 
 _POLYNOMIAL: Final = 0x82F63B78
@@ -36,9 +38,7 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
         self.path = folder / f"events.out.tfevents.{unique}"
-        # Unbuffered: a forked child inherits nothing to write, and readers see each batch at once.
-        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._size = 0
+        self._file = AppendFile.create(self.path)
 
     def append(self, events: Iterable[bytes]) -> None:
         """Append serialized events; if that fails, the file ends where it did before.
@@ -46,16 +46,7 @@ class EventFile:
         Raises:
             OSError: They could not be written, for example for lack of space.
         """
-        data = b"".join(map(_record, events))
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view) or 0 :]
-        except OSError:
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
-            raise
-        self._size += len(data)
+        self._file.append(b"".join(map(_record, events)))
 
     def close(self) -> None:
         """Close the file."""

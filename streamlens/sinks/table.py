@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from streamlens.errors import did_you_mean
-from streamlens.frame import Frame, to_numpy
+from streamlens.frame import Frame
 from streamlens.sink import RunInfo, Sink
+from streamlens.sinks._values import host_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -173,7 +174,7 @@ def _to_rows(frames: Sequence[tuple[int, Frame]]) -> pd.DataFrame:
     values: list[Any] = []
     for _, frame in frames:
         before = len(layers)
-        for layer, value in _host_values(frame):
+        for layer, value in host_values(frame):
             names = frame.components
             if names and value.ndim >= 1 and len(value) == len(names):
                 layers += [layer] * len(names)
@@ -201,17 +202,6 @@ def _to_rows(frames: Sequence[tuple[int, Frame]]) -> pd.DataFrame:
         columns[key] = _column(entries, numbers=False)
     columns["run"] = np.repeat(np.array([run for run, _ in frames], dtype=np.int64), sizes)
     return pd.DataFrame(columns)
-
-
-def _host_values(frame: Frame) -> Iterator[tuple[str, NDArray[Any]]]:
-    if not frame.stacked:
-        yield from ((layer, to_numpy(value)) for layer, value in frame.items())
-        return
-    values = frame.values
-    assert not isinstance(values, tuple)
-    # One conversion a frame: iterating over a NumPy array is cheap, over a tensor it is not.
-    array = to_numpy(values)
-    yield from ((layer, np.asarray(array[i])) for i, layer in enumerate(frame.layers))
 
 
 def _column(values: list[Any], *, numbers: bool = True) -> NDArray[Any]:

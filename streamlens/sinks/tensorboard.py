@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from streamlens.frame import Frame, to_numpy
+from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
 from streamlens.sinks._names import ANY_TEXT
+from streamlens.sinks._values import host_values, stacked_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class TensorBoard(Sink):
     def _event(self, frame: Frame, wall_time: float) -> bytes:
         text = frame.meta.get("text")
         if text is None and frame.stacked:
-            array = _stacked(frame)
+            array = stacked_values(frame)
             if array.ndim == 1 or (
                 array.ndim == 2
                 and array.shape[1] == len(frame.components)
@@ -129,7 +130,7 @@ class TensorBoard(Sink):
             ):
                 return self._scalar_event(frame, array, wall_time)
         event = self._protos.Event(wall_time=wall_time, step=frame.step)
-        for layer, value in zip(frame.layers, _arrays(frame), strict=True):
+        for layer, value in host_values(frame):
             self._add(event.summary, frame, layer, value)
         if text is not None:
             entry = event.summary.value.add(
@@ -227,15 +228,3 @@ class TensorBoard(Sink):
             bucket_limit=limits,
             bucket=counts,
         )
-
-
-def _stacked(frame: Frame) -> NDArray[Any]:
-    values = frame.values
-    assert not isinstance(values, tuple)
-    return to_numpy(values)
-
-
-def _arrays(frame: Frame) -> Iterator[NDArray[Any]]:
-    if frame.stacked:
-        return (np.asarray(value) for value in _stacked(frame))
-    return (to_numpy(value) for value in frame.values)

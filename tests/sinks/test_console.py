@@ -219,7 +219,7 @@ def test_tensors_are_refused_with_the_remedy() -> None:
     assert delivery.close(5)
     (report,) = reports
     assert report.startswith(
-        "Console shows scalar and text values, and 'weights' holds vector values: reduce it"
+        "Console shows scalar and text values, and 'weights' holds vector values: reduce them"
     )
 
 

@@ -197,7 +197,7 @@ def test_a_resumed_run_hides_the_later_steps_of_an_earlier_attempt(tmp_path: Pat
 
 def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = EventFile(tmp_path)
-    real = file._file
+    real = file._file._file
 
     class Full:
         def write(self, data: memoryview) -> int:
@@ -211,11 +211,11 @@ def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytes
     sink._file = file
     sink.write([norms(0, [1.0])])
     size = file.path.stat().st_size
-    monkeypatch.setattr(file, "_file", Full())
+    monkeypatch.setattr(file._file, "_file", Full())
     with pytest.raises(OSError, match="No space"):
         sink.write([norms(1, [2.0])])
     assert file.path.stat().st_size == size
-    monkeypatch.setattr(file, "_file", real)
+    monkeypatch.setattr(file._file, "_file", real)
     sink.write([norms(1, [2.0])])
     sink.close()
     assert scalars(read(tmp_path), "norm/layer0") == [(0, 1.0), (1, 2.0)]
