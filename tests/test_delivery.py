@@ -110,8 +110,18 @@ def frame(step: int = 0, topic: str = "norm", layers: Sequence[str] = ("a", "b")
     return Frame(topic, step, layers, torch.arange(float(len(layers))) + step, **fields)
 
 
+_others: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+"""Threads that were there before the test: other tests of this process may leave sinks open."""
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_other_tests() -> None:
+    _others.update(threading.enumerate())
+
+
 def workers() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("streamlens-sink-")]
+    threads = [thread for thread in threading.enumerate() if thread not in _others]
+    return [thread.name for thread in threads if thread.name.startswith("streamlens-sink-")]
 
 
 def until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
