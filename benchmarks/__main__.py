@@ -58,6 +58,8 @@ def main() -> None:
     )
     for key, value in run_store.run().items():
         print(f"run store, {key}: {value:,.1f}")
+    for key, value in run_store.chart(20_000 if quick else 100_000).items():
+        print(f"run store, {key}: {value:,.0f}  (at most 200)")
 
 
 def _processor() -> str:

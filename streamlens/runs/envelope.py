@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from streamlens.runs.codec import Layout
 from streamlens.runs.rollups import LEVELS, reaches, read_rollups
 from streamlens.runs.rows import FRAMES
 from streamlens.runs.schema import version_of
-from streamlens.runs.stretches import Stretches, of_frames
+from streamlens.runs.stretches import Stretches, nothing, of_frames, together
 from streamlens.runs.tidy import categories, checked_row, merge_orders
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def envelope(
             for number, layout in layouts.items()
             for part in read_rollups(db, topic, number, layout, level, first, last)
         )
-    drawn = [(number, part.coarser(width // level)) for number, part in parts]
-    return _table(drawn, layouts, layers, width, first)
+    drawn = ((number, part.coarser(width // level)) for number, part in parts)
+    return _table(_joined(drawn), layouts, layers, width, first)
 
 
 def _span(db: sqlite3.Connection, topic: int, bounds: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -123,28 +124,60 @@ def _series(
     return np.repeat(codes, inner), np.tile(np.array(own), len(codes))
 
 
-def _table(
-    parts: Sequence[_Laid], layouts: Mapping[int, Layout], layers: Sequence[str], width: int, first: int
-) -> pd.DataFrame:
-    import pandas as pd
+def _joined(parts: Iterable[_Laid]) -> dict[int, Stretches]:
+    """The parts of each layout as one, each stretch once."""
+    by_layout: dict[int, list[Stretches]] = {}
+    for number, part in parts:
+        by_layout.setdefault(number, []).append(part)
+    return {number: together(mine).coarser(1) for number, mine in by_layout.items()}
 
-    components = merge_orders(layout.components for layout in layouts.values())
-    layer_codes = {name: code for code, name in enumerate(layers)}
-    component_codes = {name: code for code, name in enumerate(components)}
-    numbers = np.unique(np.concatenate([part.numbers for _, part in parts] or [np.empty(0, np.int64)]))
-    keys: dict[int, _Array] = {}
-    for number in dict.fromkeys(number for number, _ in parts):
-        layer, component = _series(layouts[number], layer_codes, component_codes)
-        keys[number] = np.where(layer < 0, -1, layer * (len(components) + 1) + component + 1)
-    series = np.unique(np.concatenate([key[key >= 0] for key in keys.values()] or [np.empty(0, np.int64)]))
+
+@dataclass
+class _Grid:
+    """A row a stretch, a column a series."""
+
+    numbers: _Array
+    series: _Array
+    epochs: _Array
+    times: _Array
+    low: _Array
+    mean: _Array
+    high: _Array
+    counts: _Array
+    seen: _Array
+
+
+def _one(part: Stretches, keys: _Array) -> _Grid:
+    """The grid of the one layout that there mostly is."""
+    order = np.argsort(keys, kind="stable")
+    order = order[keys[order] >= 0]
+    whole = len(order) == len(keys) and bool((order == np.arange(len(keys))).all())
+    columns: Any = slice(None) if whole else order
+    seen = np.repeat(part.frames[:, None], len(order), axis=1)
+    return _Grid(
+        part.numbers,
+        keys[order],
+        part.epochs,
+        part.times,
+        part.low[:, columns],
+        part.mean()[:, columns],
+        part.high[:, columns],
+        seen if part.counts is None else part.counts[:, columns],
+        seen,
+    )
+
+
+def _several(parts: Mapping[int, Stretches], keys: Mapping[int, _Array]) -> _Grid:
+    """The grid of layouts that came and went, whose series may meet within a stretch."""
+    numbers = np.unique(np.concatenate([part.numbers for part in parts.values()]))
+    series = np.unique(np.concatenate([key[key >= 0] for key in keys.values()]))
     shape = (len(numbers), len(series))
-    wide = any(part.low.dtype != np.float32 for _, part in parts)
+    wide = any(part.low.dtype != np.float32 for part in parts.values())
     low = np.full(shape, np.nan, np.float64 if wide else np.float32)
     high, total = low.copy(), np.zeros(shape)
     counts, seen = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    epochs = np.full(len(numbers), np.iinfo(np.int64).max)
-    times = np.full(len(numbers), np.inf)
-    for number, part in parts:
+    epochs, times = np.full(len(numbers), np.iinfo(np.int64).max), np.full(len(numbers), np.inf)
+    for number, part in parts.items():
         wanted = np.flatnonzero(keys[number] >= 0)
         rows = np.searchsorted(numbers, part.numbers)
         place = np.ix_(rows, np.searchsorted(series, keys[number][wanted]))
@@ -156,24 +189,54 @@ def _table(
         seen[place] += part.frames[:, None]
         epochs[rows] = np.minimum(epochs[rows], part.epochs)
         times[rows] = np.minimum(times[rows], part.times)
-    row, column = np.nonzero(seen)
-    chosen = (row, column) if len(row) < seen.size else slice(None)
-
-    def drawn(values: _Array) -> _Array:
-        return values[chosen].reshape(-1)
-
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / counts
+    return _Grid(numbers, series, epochs, times, low, mean, high, counts, seen)
+
+
+def _table(
+    parts: Mapping[int, Stretches],
+    layouts: Mapping[int, Layout],
+    layers: Sequence[str],
+    width: int,
+    first: int,
+) -> pd.DataFrame:
+    import pandas as pd
+
+    components = merge_orders(layout.components for layout in layouts.values())
+    layer_codes = {name: code for code, name in enumerate(layers)}
+    component_codes = {name: code for code, name in enumerate(components)}
+    keys: dict[int, _Array] = {}
+    for number in parts:
+        layer, component = _series(layouts[number], layer_codes, component_codes)
+        keys[number] = np.where(layer < 0, -1, layer * (len(components) + 1) + component + 1)
+    if len(parts) == 1:
+        ((number, part),) = parts.items()
+        grid = _one(part, keys[number])
+    else:
+        grid = _several(parts, keys) if parts else _one(nothing(), np.empty(0, np.int64))
+    stretches, series = grid.seen.shape
+    row, column = np.repeat(np.arange(stretches), series), np.tile(np.arange(series), stretches)
+    present = grid.seen.reshape(-1) > 0
+    everywhere = bool(present.all())
+    if not everywhere:
+        row, column = row[present], column[present]
+
+    def cells(values: _Array) -> _Array:
+        flat = values.reshape(-1)
+        return flat if everywhere else flat[present]
+
     columns: dict[str, Any] = {
-        "step": np.maximum(numbers * width, first)[row],
-        "epoch": epochs[row],
+        "step": np.maximum(grid.numbers * width, first)[row],
+        "epoch": grid.epochs[row],
         "layer": pd.Categorical.from_codes(
-            (series // (len(components) + 1))[column], categories=categories(layers)
+            (grid.series // (len(components) + 1))[column], categories=categories(layers)
         ),
     }
     if components:
-        codes = (series % (len(components) + 1) - 1)[column]
+        codes = (grid.series % (len(components) + 1) - 1)[column]
         columns["component"] = pd.Categorical.from_codes(codes, categories=categories(components))
-    columns |= {"min": drawn(low), "mean": drawn(mean), "max": drawn(high)}
-    columns |= {"count": drawn(counts), "missing": drawn(seen - counts), "wall_time": times[row]}
+    columns |= {"min": cells(grid.low), "mean": cells(grid.mean), "max": cells(grid.high)}
+    columns |= {"count": cells(grid.counts), "missing": cells(grid.seen - grid.counts)}
+    columns["wall_time"] = grid.times[row]
     return pd.DataFrame(columns, copy=False)
