@@ -12,6 +12,7 @@ from torch import Tensor
 from streamlens.control.bounds import Bounds
 from streamlens.control.decision import Decision
 from streamlens.control.gradients import GradientController
+from streamlens.operators._base import is_number, is_whole
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -74,9 +75,9 @@ class ClipAt(GradientController):
         dry_run: bool = False,
     ) -> None:
         super().__init__(optimizer, dry_run=dry_run)
-        if not isinstance(percentile, int | float) or not 0 <= percentile <= 100:
+        if not is_number(percentile) or not 0 <= percentile <= 100:
             raise ValueError(f"ClipAt(percentile={percentile!r}): it lies between 0 and 100, such as 10")
-        if not isinstance(window, int) or isinstance(window, bool) or window < 2:
+        if not is_whole(window) or window < 2:
             raise ValueError(f"ClipAt(window={window!r}): a percentile needs at least 2 norms")
         self._percentile, self._window = float(percentile), window
         self._bounds = Bounds(min_norm, max_norm, slew_limit)

@@ -15,6 +15,7 @@ from streamlens.control.decision import Decision
 from streamlens.control.gradients import GradientController
 from streamlens.control.schedules import Constant, Schedule
 from streamlens.errors import StreamlensError, did_you_mean
+from streamlens.operators._base import is_number
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -89,7 +90,7 @@ class FixedRatio(GradientController):
         if of not in _OF:
             hint = did_you_mean(str(of), _OF) or f"it is {' or '.join(map(repr, _OF))}"
             raise ValueError(f"FixedRatio(of={of!r}): {hint}")
-        if not callable(target) and (not isinstance(target, int | float) or not 0 < target < 1):
+        if not callable(target) and (not is_number(target) or not 0 < target < 1):
             raise ValueError(f"FixedRatio(target={target!r}): a ratio lies between 0 and 1, such as 1e-3")
         if optimizer is not None and (objection := _objection(optimizer)):
             raise ValueError(objection)

@@ -12,6 +12,7 @@ from streamlens.control._withholding import Withholding
 from streamlens.control.controller import Controller
 from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
+from streamlens.operators._base import is_number, is_whole
 
 if TYPE_CHECKING:
     from streamlens.frame import Frame
@@ -100,14 +101,14 @@ class Freeze(Controller):
                 "below= (an update ratio, such as 1e-5)"
             )
         for option, number in {"above": above, "below": below, "thaw": thaw}.items():
-            if number is not None and not _finite(number):
+            if number is not None and not (is_number(number) and math.isfinite(number)):
                 raise ValueError(f"Freeze({option}={number!r}): it is a finite number")
         if thaw is not None and not (thaw < above if above is not None else thaw > (below or 0.0)):
             limit = f"below above={above!r}" if above is not None else f"above below={below!r}"
             raise ValueError(f"Freeze(thaw={thaw!r}): a frozen layer has moved at a number {limit}")
         counts = {"patience": patience, "thaw_after": thaw_after, "leave": leave, "at_once": at_once}
         for option, count in counts.items():
-            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            if count is not None and not (is_whole(count) and count >= 1):
                 raise ValueError(f"Freeze({option}={count!r}): it is a whole number from 1 on")
         self._above, self._below, self._thaw = above, below, thaw
         self._patience, self._thaw_after = patience, thaw_after
@@ -262,10 +263,6 @@ class Freeze(Controller):
                 self.frozen[layer] = self.runtime.step
             else:
                 self.frozen.pop(layer, None)
-
-
-def _finite(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 def _frames(count: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import streamlens as sl
 from streamlens import control
@@ -59,11 +59,58 @@ def stop(rank: int) -> dict[str, Any]:
     return {"seen": seen, "causes": causes}
 
 
+def freeze(rank: int) -> dict[str, Any]:
+    """Freeze under DDP, where rank 0 alone says that layer 0 is at rest, and rank 1 sees a NaN at step 1."""
+    model = small_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    lens = sl.observe(wrapped, emits=["similarity"], on_error="raise")
+    controller = control.Freeze(above=0.9, patience=1, thaw=0.2)
+    lens.pipe(sl.topic("similarity")).subscribe(controller)
+    steps: list[int] = []
+    controller.actions.subscribe(lambda frame: steps.append(frame.step))
+    weights, momenta, gradients = [], [], []
+    for k in range(6):
+        list(steps_of(wrapped, optimizer, 1, seed=10 * k + rank))
+        weights.append([p.detach().flatten().tolist() for p in model.parameters()])
+        momenta.append(optimizer.state[model.get_parameter("0.weight")]["momentum_buffer"].flatten().tolist())
+        gradients.append(all(p.grad is not None and p.requires_grad for p in model.parameters()))
+        number = (1.0 if k < 4 else 0.1) if rank == 0 else math.nan if k == 1 else 0.5
+        lens.emit("similarity", {"0": number if k else 0.5, "2": 0.5})
+    lens.close()
+    return {"steps": steps, "weights": weights, "momenta": momenta, "gradients": gradients}
+
+
+def gradients(rank: int, controller: control.Controller) -> dict[str, Any]:
+    """A controller of gradients, which are each rank's own; the factors that they were multiplied by."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    lens = sl.observe(model, on_error="raise")
+    lens.pipe(sl.norm("weight_gradients")).subscribe(controller)
+    factors: list[float] = []
+    for k in range(3):
+        before = model.get_parameter("0.weight").detach().clone()
+        (gradient,) = torch.autograd.grad(
+            nn.functional.cross_entropy(model((1.0 + k + rank) * torch.ones(1, 4)), torch.tensor([k])),
+            model.get_parameter("0.weight"),
+        )
+        nn.functional.cross_entropy(model((1.0 + k + rank) * torch.ones(1, 4)), torch.tensor([k])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        change = before - model.get_parameter("0.weight").detach()
+        factors.append(float((change / gradient)[gradient != 0].median() / 0.01))
+    lens.close()
+    return {"factors": factors}
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ratio": ratio,
     "ratio, NaN on rank 0": lambda rank: ratio(rank, spoilt_rank=0),
     "ratio, NaN on rank 1": lambda rank: ratio(rank, spoilt_rank=1),
     "stop": stop,
+    "freeze": freeze,
+    "clip": lambda rank: gradients(rank, control.ClipAt(0)),
+    "fixed ratio": lambda rank: gradients(rank, control.FixedRatio(1e-3)),
     "ratio, none on rank 1": lambda rank: ratio(rank, absent_rank=1),
 }
 

@@ -74,3 +74,27 @@ def test_a_rank_without_the_controller_makes_it_stand_back_in_time_and_training_
 def test_what_one_rank_sees_stops_both_after_one_step(outcomes: Outcomes) -> None:
     first, second = outcomes["stop"]
     assert first == second == {"seen": [False, True, True], "causes": ["1: x is nan at step 0"]}
+
+
+def test_layers_freeze_under_ddp_on_both_ranks_by_one_decision_and_only_the_update_is_skipped(
+    outcomes: Outcomes,
+) -> None:
+    first, second = outcomes["freeze"]
+    assert first == second
+    # At step 1 one rank had no input; frozen after step 2, thawed after step 4.
+    assert first["steps"] == [2, 4]
+    assert first["gradients"] == [True] * 6
+    layer = [weights[:2] for weights in first["weights"]]
+    for held in (layer, first["momenta"]):
+        assert held[2] == held[3] == held[4]
+        assert len({str(entry) for entry in held}) == 4
+    assert len({str(weights[2:]) for weights in first["weights"]}) == 6
+
+
+@pytest.mark.parametrize("scenario", ["clip", "fixed ratio"])
+def test_gradients_of_each_rank_are_scaled_by_what_rank_0_makes_of_its_own(
+    outcomes: Outcomes, scenario: str
+) -> None:
+    first, second = outcomes[scenario]
+    assert first["factors"] == pytest.approx(second["factors"], rel=1e-3)
+    assert any(abs(factor - 1) > 0.05 for factor in first["factors"])
