@@ -23,7 +23,7 @@ import streamlens as sl
 from streamlens.frame import Frame
 from streamlens.sink import Sink
 from tests._runs import small_model, steps_of
-from tests.helpers.shipped import NAMES, chains_of
+from tests.helpers.shipped import NAMES, Chain, chains_of
 
 
 class Stalled(Sink):
@@ -101,8 +101,17 @@ class Discards(Sink):
         pass
 
 
+def cadence(lens: sl.Lens, chain: Chain, steps: int) -> int:
+    """How often a chain is due: in a long run, one that takes every raw topic only each fiftieth step."""
+    front = lens.pipe(chain[0])
+    return 50 if steps >= 1000 and isinstance(front, sl.Lens) and len(front.view.topics) > 5 else 1
+
+
 def everything(steps: int) -> dict[str, Any]:
-    """Every shipped operator and a run store, for many steps; what remains, meanwhile and after."""
+    """Every shipped operator and a sink, for many steps; what remains, meanwhile and after.
+
+    It says on stderr how far it is, ten times.
+    """
     others = set(threading.enumerate())
     model = small_model()
     criterion = nn.CrossEntropyLoss()
@@ -113,13 +122,14 @@ def everything(steps: int) -> dict[str, Any]:
     sink = Discards()
     for name in NAMES:
         for chain in chains_of(name, lens, inputs=4, every=max(10, steps // 100)):
-            stream = lens.pipe(*chain)
+            stream = lens.pipe(sl.every(cadence(lens, chain, steps)), *chain)
             stream.subscribe(lambda frame: None)
     for topic in ("weights", "activations", "loss"):
         lens.pipe(sl.topic(topic)).subscribe(sink)
     data = torch.Generator().manual_seed(0)
     sizes: list[int] = []
     objects: list[int] = []
+    began = time.monotonic()
     for step in range(steps):
         optimizer.zero_grad()
         x = torch.randn(6, 4, generator=data)
@@ -134,6 +144,12 @@ def everything(steps: int) -> dict[str, Any]:
             lens.flush(30)
             sizes.append(resident())
             objects.append(len(gc.get_objects()))
+            seconds = time.monotonic() - began
+            print(
+                f"step {step + 1}, {seconds:.0f} s: {sizes[-1] / 2**20:.1f} MiB, {objects[-1]} objects",
+                file=sys.stderr,
+                flush=True,
+            )
     lens.close(30)
     found = [weakref.ref(o) for o in (model, optimizer, criterion, *model.parameters(), sink)]
     del model, optimizer, criterion, sink, stream, chain
