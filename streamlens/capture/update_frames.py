@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
 
-__all__ = ["TakenFrom", "UpdateFrames", "masked"]
+__all__ = ["TakenFrom", "UpdateFrames", "known_on_host", "masked", "masked_frames"]
 
 TakenFrom: TypeAlias = tuple[Output, Table, dict[int, Tensor]]
 """What was asked for, its statistics, and the tensors themselves."""
@@ -76,6 +76,32 @@ class UpdateFrames:
         return output.demands, frame
 
 
+def known_on_host(found_inf: Tensor) -> bool:
+    """Whether it can be told without waiting whether a gradient has overflowed."""
+    return found_inf.is_cpu
+
+
 def masked(values: Tensor, overflow: Tensor) -> Tensor:
-    """NaN where the step was none, which only the device knows."""
-    return torch.where(overflow.to(values.device) > 0, torch.nan, values)
+    """NaN where the step was none, which only the device knows; what holds no NaN stays as it is."""
+    if not (values.is_floating_point() or values.is_complex()):
+        return values
+    if values.layout is torch.sparse_coo:
+        parts = masked(values._values(), overflow)
+        return torch.sparse_coo_tensor(
+            values._indices(),
+            parts,
+            values.shape,
+            is_coalesced=values.is_coalesced(),
+            check_invariants=False,
+        )
+    # Towards the device, where there is a choice: the other way waits.
+    to = values.device if overflow.is_cpu or not values.is_cpu else overflow.device
+    values, overflow = values.to(to, non_blocking=True), overflow.to(to, non_blocking=True)
+    return torch.where(overflow > 0, torch.nan, values)
+
+
+def masked_frames(
+    frames: Iterable[tuple[Sequence[Demand], Frame]], overflow: Tensor
+) -> list[tuple[Sequence[Demand], Frame]]:
+    """Frames with copies of raw values that are NaN where the step was none."""
+    return [(d, f.replace(values=tuple(masked(v, overflow) for v in f.values))) for d, f in frames]

@@ -19,7 +19,7 @@ from streamlens.capture.partners import Partners
 from streamlens.capture.plan import CallPlan, Output
 from streamlens.capture.table import Table
 from streamlens.capture.unowned import Unowned
-from streamlens.capture.update_frames import TakenFrom, UpdateFrames, masked
+from streamlens.capture.update_frames import TakenFrom, UpdateFrames, known_on_host, masked, masked_frames
 from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Kind, Lease
 from streamlens.topics import Facet
@@ -166,10 +166,11 @@ class UpdateCapture:
             self.partners.update_begins(info, closure is not None)
             found = getattr(optimizer, "found_inf", None)
             if isinstance(found, Tensor):
-                if found.device.type == "cpu":
+                if known_on_host(found):
                     call.skipped = bool(found.item() > 0)
                 else:
                     call.overflow = found
+                    engine.delivery.doubt(engine.clock.step, found)
             if call.skipped:
                 return
             if self._due() and not engine.silent:
@@ -249,11 +250,12 @@ class UpdateCapture:
                 for output in plan.outputs.get(Facet.RATE, ())
             ]
         raw = [o for o in plan.outputs.get(Facet.GRADIENT, ()) if o.reduction is None]
-        if raw and call.overflow is None:
+        if raw:
             call.lease = Lease()
             call.versions = [(t, t._version) for t in tensors.values()]
             frames = [f for o in raw if (f := self._frames.raw(o, tensors, call.lease)) is not None]
-            self._engine.post_frames(frames)
+            found = call.overflow
+            self._engine.post_frames(frames if found is None else masked_frames(frames, found))
 
     # -- after -------------------------------------------------------------------------------
 
@@ -360,7 +362,7 @@ class UpdateCapture:
         frames, reduced = self._frames.of(sources, lease)
         reduced += [(output, output.orders, rates) for output, rates in call.rates]
         if call.overflow is not None:
-            frames = []
+            frames = masked_frames(frames, call.overflow)
             reduced = [(o, k, masked(values, call.overflow)) for o, k, values in reduced]
         frames += self.partners.gather(reduced, lambda: self.owners.known)
         clock = engine.clock

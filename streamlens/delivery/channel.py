@@ -280,17 +280,17 @@ class Channel:
         for item in batch:
             try:
                 frame = item.on_host()
-                refused = refusal(frame, self.sink)
+                refused = None if frame is None else refusal(frame, self.sink)
             except Exception as error:
                 self._count(session, failed=1)
                 self._fail(error, session)
                 continue
-            if refused is None:
+            if frame is not None and refused is None:
                 frames.append(frame)
                 received.append(item.received)
                 continue
             self._count(session, dropped=1)
-            if frame.topic not in self._refused:
+            if frame is not None and refused is not None and frame.topic not in self._refused:
                 self._refused.add(frame.topic)
                 self._fail(refused, session)
         if not frames:

@@ -15,7 +15,7 @@ from streamlens.delivery.channel import Channel
 from streamlens.delivery.items import Item, SinkStats, Writer
 from streamlens.delivery.transfer import Burst, Ticket, on_host
 from streamlens.errors import StreamlensError
-from streamlens.frame import Frame
+from streamlens.frame import Frame, Kind
 from streamlens.sink import RunInfo, Sink
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Proxy(ObserverBase[Frame], DisposableBase):
             frame = self._delivery.owned(frame)
         values = frame.values
         nbytes = values.nbytes if not isinstance(values, tuple) else sum(map(_nbytes, values))
-        ticket = None if on_host(frame) else self._delivery.board(frame)
+        doubt = self._delivery.doubt_of(frame)
+        ticket = None if doubt is None and on_host(frame) else self._delivery.board(frame, doubt)
         writer = self._writer
         item = Item(frame if ticket is None else None, ticket, writer.session, nbytes, time.time())
         topic = f"{frame.source}/{frame.topic}" if frame.source else frame.topic
@@ -112,6 +113,7 @@ class Delivery:
         self._proxies: list[Proxy] = []
         self._burst: Burst | None = None
         self._owned: tuple[Frame, Frame] | None = None
+        self._doubt: tuple[int, Tensor] | None = None
         self._raised: Exception | None = None
 
     def connect(self, sink: Sink, chain: str) -> Proxy:
@@ -225,13 +227,29 @@ class Delivery:
             held = self._owned = (frame, frame.clone())
         return held[1]
 
-    def board(self, frame: Frame) -> Ticket:
+    def doubt(self, step: int, overflow: Tensor) -> None:
+        """Only a device knows whether this step is one; if not, what is NaN of it is not written.
+
+        Args:
+            step: The step.
+            overflow: Above 0 if it is none. Of several updates in one step any may be none.
+        """
+        if self._doubt is not None and self._doubt[0] == step:
+            overflow = self._doubt[1] + overflow.to(self._doubt[1].device, non_blocking=True)
+        self._doubt = (step, overflow)
+
+    def doubt_of(self, frame: Frame) -> Tensor | None:
+        """Above 0 if a frame's step was none; None where that is certain."""
+        doubt = self._doubt
+        return doubt[1] if doubt is not None and (frame.step, frame.kind) == (doubt[0], Kind.STEP) else None
+
+    def board(self, frame: Frame, doubt: Tensor | None = None) -> Ticket:
         """Let a frame that lies on a device travel with the burst under way."""
         while True:
             burst = self._burst
             if burst is None:
                 burst = self._burst = Burst()
-            ticket = burst.add(frame)
+            ticket = burst.add(frame, doubt)
             if ticket is not None:
                 return ticket
             # A worker has lost patience and started the transfer: this is the next burst.

@@ -25,7 +25,8 @@ class SinkStats:
         emitted: Frames given to the sink.
         written: Frames that its `write` took.
         dropped: Frames lost: at a full queue, in failed writes, at a close that ran out of time,
-            and those that the sink cannot show or that another chain writes already.
+            and those that the sink cannot show, that another chain writes already, or whose step
+            turned out to be none.
         queued: Frames that wait or are in a write under way.
         failed: Those of the dropped frames whose write failed for good.
         last_error: The last exception of the sink.
@@ -125,11 +126,13 @@ class Item:
     nbytes: int
     received: float
 
-    def on_host(self) -> Frame:
-        """The frame on the host, under its label; waits for the transfer."""
+    def on_host(self) -> Frame | None:
+        """The frame on the host, under its label; waits for the transfer. None if its step was none."""
         frame = self.frame
         if self.ticket is not None:
             frame = self.ticket.take()
+            if self.ticket.void:
+                return None
         assert frame is not None
         return labelled(frame) if frame.source else frame
 

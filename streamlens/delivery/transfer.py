@@ -24,12 +24,18 @@ def on_host(frame: Frame) -> bool:
 
 
 class Ticket:
-    """A frame on its way to the host, shared by all sinks that it goes to."""
+    """A frame on its way to the host, shared by all sinks that it goes to.
 
-    __slots__ = ("_burst", "_lock", "_on_host", "frame")
+    Attributes:
+        frame: It.
+        doubt: Above 0 if its step was none; None where that is certain.
+    """
 
-    def __init__(self, frame: Frame, burst: Burst) -> None:
+    __slots__ = ("_burst", "_lock", "_on_host", "doubt", "frame")
+
+    def __init__(self, frame: Frame, burst: Burst, doubt: Tensor | None = None) -> None:
         self.frame = frame
+        self.doubt = doubt
         self._burst = burst
         self._on_host = False
         self._lock = threading.Lock()
@@ -42,6 +48,21 @@ class Ticket:
         """Start the transfer of its burst, if nothing has done so yet."""
         self._burst.settle()
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is on its way."""
+        return _tensors(self.frame) if self.doubt is None else (*_tensors(self.frame), self.doubt)
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors in their place."""
+        self.frame = _map(self.frame, fn)
+        self.doubt = None if self.doubt is None else fn(self.doubt)
+
+    @property
+    def void(self) -> bool:
+        """Whether the step was none and nothing but NaN is left of it; for frames that were taken."""
+        doubt = self.doubt
+        return doubt is not None and bool(doubt > 0) and all(map(_is_nan, _tensors(self.frame)))
+
     def take(self) -> Frame:
         """The frame on the host. Waits for the transfer: workers only call this."""
         with self._lock:
@@ -50,7 +71,7 @@ class Ticket:
                 self._burst.wait()
                 # Copies of their own, so that a frame that is kept holds neither page-locked
                 # memory nor the rest of its burst.
-                self.frame = _map(self.frame, lambda value: value.clone() if value.is_cpu else value.cpu())
+                self.moved(lambda value: value.clone() if value.is_cpu else value.cpu())
                 self._on_host = True
             return self.frame
 
@@ -73,11 +94,12 @@ class Burst:
         # Reentrant: a signal handler may flush in the middle of a burst.
         self._lock = threading.RLock()
 
-    def add(self, frame: Frame) -> Ticket | None:
+    def add(self, frame: Frame, doubt: Tensor | None = None) -> Ticket | None:
         """Let a frame travel with this burst; the same frame for another sink travels once.
 
         Args:
             frame: A frame that owns its memory.
+            doubt: Above 0 if its step was none, which only the device knows.
 
         Returns:
             Its ticket; None if the burst is over.
@@ -87,8 +109,8 @@ class Burst:
                 return None
             ticket = self._tickets.get(id(frame))
             if ticket is None:
-                ticket = self._tickets[id(frame)] = Ticket(frame, self)
-                for value in _tensors(frame):
+                ticket = self._tickets[id(frame)] = Ticket(frame, self, doubt)
+                for value in ticket.tensors():
                     if value.is_cuda and value.device not in self._streams:
                         # The emitting thread's stream computes the values: copies on that stream
                         # come after them, whichever thread asks for the copies.
@@ -103,7 +125,7 @@ class Burst:
             try:
                 moved = self._move()
                 for ticket in self._tickets.values():
-                    ticket.frame = _map(ticket.frame, lambda value: moved.get(id(value), value))
+                    ticket.moved(lambda value: moved.get(id(value), value))
             finally:
                 self.settled = True
                 self._tickets.clear()
@@ -123,7 +145,7 @@ class Burst:
         """Start the copies; the host tensors by the identity of the tensors they copy."""
         groups: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
         for ticket in self._tickets.values():
-            for value in _tensors(ticket.frame):
+            for value in ticket.tensors():
                 if _gathers(value):
                     groups.setdefault((value.device, value.dtype), {})[id(value)] = value
         moved: dict[int, Tensor] = {}
@@ -154,6 +176,10 @@ def _gathers(value: Tensor) -> bool:
 def _tensors(frame: Frame) -> tuple[Tensor, ...]:
     values = frame.values
     return (values,) if isinstance(values, Tensor) else values
+
+
+def _is_nan(value: Tensor) -> bool:
+    return bool((value if value.layout is torch.strided else value.coalesce().values()).isnan().all())
 
 
 def _map(frame: Frame, fn: Callable[[Tensor], Tensor]) -> Frame:
