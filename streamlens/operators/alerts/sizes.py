@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+from reactivex import Observable
+from torch import nn
 
-from streamlens.operators.alerts._inputs import Input
+from streamlens.errors import LayerNotFoundError, UnknownTopicError
+from streamlens.frame import Frame
+from streamlens.lens import Lens
+from streamlens.operators._merge import merged
+from streamlens.operators.alerts._inputs import Input, chained
 from streamlens.operators.alerts._layers import Array, LayerTable
 from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict, number
+from streamlens.operators.saturation import saturation
+from streamlens.operators.selection import layers, topic
 from streamlens.operators.singular_values import effective_rank
+from streamlens.stream import Operator
 
 __all__ = ["layer_oversized", "layer_undersized"]
 
-_SATURATION: Final = Input(
-    "activations.saturation",
-    remedy='derive it first: lens.derive("activations.saturation", chain)',
-)
+_SATURATION: Final = "activations.saturation"
 _RANK: Final = Input("weights.effective_rank", lambda: effective_rank("weights"), needed=False)
+
+
+def _saturation_over(window: int) -> Input:
+    return Input(
+        _SATURATION,
+        lambda: _saturation(window),
+        remedy="the model has no layer with a matrix of weights among those selected, beside its last one",
+    )
+
+
+def _saturation(window: int) -> Operator:
+    """The saturation of layers whose size is a choice; where a lens has it as a topic already, that."""
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        if not isinstance(source, Lens):
+            return saturation(window=window)(source)
+        try:
+            return topic(_SATURATION)(source)
+        except UnknownTopicError:
+            ways = [
+                chained(layers(*map(glob.escape, names)), saturation(window=window, unit_dim=dim))
+                for dim, names in _sized(source.module_classes()).items()
+            ]
+        found: list[Observable[Frame]] = []
+        for way in ways:
+            try:
+                found.append(way(source))
+            except LayerNotFoundError:
+                # The modules lie outside of what the lens was narrowed to.
+                continue
+        if not found:
+            raise LayerNotFoundError("no layer with a matrix of weights, beside the last one")
+        return found[0] if len(found) == 1 else merged(source, found)
+
+    return apply
+
+
+def _sized(modules: Mapping[str, nn.Module]) -> dict[int | None, list[str]]:
+    """The layers with units to add or take away, by the dimension of their outputs that counts these.
+
+    The last one has as many outputs as the task asks for.
+    """
+    owners = [
+        (name, module)
+        for name, module in modules.items()
+        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+    ]
+    found: dict[int | None, list[str]] = {}
+    for name, module in owners[:-1]:
+        found.setdefault(1 if isinstance(module, nn.Conv1d) else None, []).append(name)
+    return found
 
 
 class _Sizes(Judge):
@@ -54,11 +112,20 @@ class _Sizes(Judge):
 
 @dataclass(frozen=True)
 class _Sized(Rule):
+    window: int = 100
+
     severity: ClassVar[Severity] = "info"
     cheap: ClassVar[bool] = False
 
     def inputs(self) -> tuple[Input, ...]:
-        return (_RANK, _SATURATION)
+        return (_RANK, _saturation_over(self.window))
+
+    def cadence(self, entry: Input) -> int:
+        # Windows end at steps of their own; a decomposition of the weights is dear, and one for each will do.
+        return self.window if entry is _RANK else self.every
+
+    def check(self) -> None:
+        self.check_count(window=self.window)
 
 
 @dataclass(frozen=True)
@@ -72,6 +139,7 @@ class _Oversized(_Sized):
     name: ClassVar[str] = "layer_oversized"
 
     def check(self) -> None:
+        super().check()
         self.check_share(below=self.below)
         self.check_positive(rank=self.rank)
 
@@ -100,6 +168,7 @@ class _Undersized(_Sized):
     name: ClassVar[str] = "layer_undersized"
 
     def check(self) -> None:
+        super().check()
         self.check_share(above=self.above)
         self.check_positive(rank=self.rank)
 
@@ -121,7 +190,7 @@ def layer_oversized(
     *,
     below: float = 0.05,
     rank: float = 1.05,
-    every: int = 1,
+    window: int = 100,
     start: tuple[int, int] = (3, 3),
     end: int = 3,
 ) -> Rule:
@@ -132,15 +201,21 @@ def layer_oversized(
     (`weights.effective_rank`, where it is known) has grown beyond `rank` times what it was at the
     first look: then the layer is still unfolding. The default asks for twenty times as many directions as
     are used. A judgment of size and no error, severity `"info"`, and not in `health()` by itself: that
-    looks at it where `activations.saturation` is a topic already.
+    looks at it where `activations.saturation` is a topic already, as after
+    `lens.derive("activations.saturation", lens.pipe(saturation()))`.
 
-    The topic is `alerts.layer_oversized`. Cost: that of its topics. NaN is left out. Source: Shenk et al.
-    2019; Raghu et al. 2017; Roy and Vetterli 2007.
+    By itself the rule asks a Lens for the `saturation()` of each layer with a matrix of weights but the
+    last, whose outputs the task counts; `layers()` in front chooses among them. A window has to bring several
+    times as many rows as a layer has units, else any layer looks too large. On a stream of frames it judges
+    what comes.
+
+    The topic is `alerts.layer_oversized`. Cost: that of `saturation()`, and a decomposition of the weights
+    each window. NaN is left out. Source: Shenk et al. 2019; Raghu et al. 2017; Roy and Vetterli 2007.
 
     Args:
         below: The saturation below which a layer is too large.
         rank: The growth of its effective rank above which it is not judged.
-        every: Looks at steps divisible by this.
+        window: Steps of outputs that make one look; those of a topic derived beforehand are as they are.
         start: `(n, m)`: an alert starts once n of the last m looks were bad.
         end: It ends after as many good looks in a row.
 
@@ -150,14 +225,14 @@ def layer_oversized(
     Raises:
         ValueError: A parameter out of range.
     """
-    return _Oversized(below=below, rank=rank, every=every, start=start, end=end)
+    return _Oversized(below=below, rank=rank, window=window, start=start, end=end)
 
 
 def layer_undersized(
     *,
     above: float = 0.95,
     rank: float = 0.9,
-    every: int = 1,
+    window: int = 100,
     start: tuple[int, int] = (3, 3),
     end: int = 3,
 ) -> Rule:
@@ -167,13 +242,14 @@ def layer_undersized(
     rank of the layer's weights has shrunk below `rank` times what it was at the first look: weights that
     give up directions are not short of them. Severity `"info"`, and not in `health()` by itself.
 
-    The topic is `alerts.layer_undersized`. Cost: that of its topics. NaN is left out. Source: Shenk et
-    al. 2019; Raghu et al. 2017; Roy and Vetterli 2007.
+    What it looks at, and what that costs, is as for `layer_oversized`. The topic is
+    `alerts.layer_undersized`. NaN is left out. Source: Shenk et al. 2019; Raghu et al. 2017; Roy and Vetterli
+    2007.
 
     Args:
         above: The saturation above which a layer is too small.
         rank: The effective rank, relative to that at the first look, below which it is not judged.
-        every: Looks at steps divisible by this.
+        window: Steps of outputs that make one look; those of a topic derived beforehand are as they are.
         start: `(n, m)`: an alert starts once n of the last m looks were bad.
         end: It ends after as many good looks in a row.
 
@@ -183,4 +259,4 @@ def layer_undersized(
     Raises:
         ValueError: A parameter out of range.
     """
-    return _Undersized(above=above, rank=rank, every=every, start=start, end=end)
+    return _Undersized(above=above, rank=rank, window=window, start=start, end=end)

@@ -357,11 +357,12 @@ def test_a_rate_is_too_low_where_small_updates_achieve_nothing(
 
 
 def sized(saturation: float, ranks: Sequence[float]) -> list[Frame]:
+    """A rank at the beginning of each window of a hundred steps, and a saturation at its end."""
     items: list[Frame] = []
-    for step, rank in enumerate(ranks):
+    for window, rank in enumerate(ranks):
         items += [
-            frame(step, {"a": rank}, "weights.effective_rank"),
-            frame(step, {"a": saturation}, "activations.saturation"),
+            frame(100 * window, {"a": rank}, "weights.effective_rank"),
+            frame(100 * window + 99, {"a": saturation}, "activations.saturation"),
         ]
     return items
 
@@ -369,10 +370,10 @@ def sized(saturation: float, ranks: Sequence[float]) -> list[Frame]:
 @pytest.mark.parametrize(
     ("rule", "saturation", "ranks", "found"),
     [
-        (sl.layer_oversized(**ONCE), 0.04, [10.0, 10.0], True),
-        (sl.layer_oversized(**ONCE), 0.06, [10.0, 10.0], False),
-        (sl.layer_undersized(**ONCE), 0.96, [10.0, 9.5], True),
-        (sl.layer_undersized(**ONCE), 0.94, [10.0, 9.5], False),
+        (sl.layer_oversized(start=(1, 1), end=1), 0.04, [10.0, 10.0], True),
+        (sl.layer_oversized(start=(1, 1), end=1), 0.06, [10.0, 10.0], False),
+        (sl.layer_undersized(start=(1, 1), end=1), 0.96, [10.0, 9.5], True),
+        (sl.layer_undersized(start=(1, 1), end=1), 0.94, [10.0, 9.5], False),
     ],
 )
 def test_a_layers_size_is_judged_by_its_saturation(
@@ -382,7 +383,7 @@ def test_a_layers_size_is_judged_by_its_saturation(
 
 
 def test_a_layer_whose_effective_rank_still_moves_is_not_judged() -> None:
-    later: dict[str, Any] = {"every": 1, "start": (2, 2), "end": 1}
+    later: dict[str, Any] = {"start": (2, 2), "end": 1}
     assert events(sl.layer_oversized(**later), sized(0.01, [10.0, 12.0, 12.0])) == []
     assert events(sl.layer_undersized(**later), sized(0.99, [10.0, 5.0, 5.0])) == []
 
