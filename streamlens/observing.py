@@ -18,7 +18,7 @@ from streamlens.capture.engine import Engine
 from streamlens.capture.model import ModelIndex
 from streamlens.capture.orphans import close_orphans
 from streamlens.capture.root import engine_of
-from streamlens.distributed import Ranks, check_distributed, check_model
+from streamlens.distributed import OneRank, Ranks, check_distributed, check_model
 from streamlens.errors import StreamlensError, did_you_mean
 from streamlens.lens import Lens
 from streamlens.notebook import CellKey, current_cell
@@ -121,8 +121,7 @@ def observe(
             optimizers=optimizers,
             copies=copies,
         )
-        if not alone:
-            engine.exchange = Ranks(engine, timeout)
+        engine.exchange = OneRank() if alone else Ranks(engine, timeout)
         _engines.add(engine)
         if start is None and model in _clocks:
             engine.clock.load_state_dict(_clocks[model].state_dict())

@@ -1,8 +1,8 @@
 """`Runtime`: what every source of frames shares, whatever it takes them from.
 
-A runtime delivers bursts of frames in order, keeps failures away from the producer, knows the
-chains that end in subscribers and carries their state. The PyTorch engine is one; a source that
-is pushed to or replayed is another; plain Observables share a default one.
+A runtime delivers bursts of frames in order, keeps failures away from the producer, knows the chains that
+end in subscribers and carries their state. The PyTorch engine is one, a source that is pushed to or
+replayed another; plain Observables share a default one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import uuid
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from reactivex.abc import DisposableBase
@@ -48,8 +48,7 @@ class Runtime:
     """
 
     def __init__(self, name: str = "", on_error: str = "report") -> None:
-        self.name = name
-        self.on_error = on_error
+        self.name, self.on_error = name, on_error
         self.closed = False
         self.errors: Subject[ErrorReport] = Subject()
         self.counts: Counter[str] = Counter()
@@ -74,6 +73,10 @@ class Runtime:
     """Whether sinks write in this process."""
     place = ""
     """What this process is called in reports; empty where there are no others."""
+
+    def origins(self, topic: str, layers: Sequence[str], step: int) -> tuple[int, ...]:
+        """The processes from which values that are not finite come; none where there are no others."""
+        return ()
 
     @property
     def step(self) -> int:

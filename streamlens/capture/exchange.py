@@ -106,6 +106,16 @@ class Exchange(Protocol):
         """Turn the rows of parts into rows of the whole; those that cannot be are taken out."""
         ...
 
+    def origins(self, topic: str, layers: Sequence[str], step: int) -> tuple[int, ...]:
+        """The processes from which values that are not finite come, where it is not all of them.
+
+        Args:
+            topic: What the values are, such as `activations.norm2`.
+            layers: Whose they are.
+            step: When they came up.
+        """
+        ...
+
     def close(self) -> None:
         """Nothing more will be asked."""
         ...
@@ -137,6 +147,10 @@ class Alone:
 
     def settle(self, partials: Sequence[Partial]) -> None:
         """Everything is whole."""
+
+    def origins(self, topic: str, layers: Sequence[str], step: int) -> tuple[int, ...]:
+        """There are no others."""
+        return ()
 
     def close(self) -> None:
         """There is nothing to close."""

@@ -90,6 +90,10 @@ class Source(Provider):
         """What this process is called in reports."""
         return self.exchange.place
 
+    def origins(self, topic: str, layers: Sequence[str], step: int) -> tuple[int, ...]:
+        """The processes from which values that are not finite come."""
+        return self.exchange.origins(topic, layers, step)
+
     @property
     def step(self) -> int:
         """The optimizer update that is open."""

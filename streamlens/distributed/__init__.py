@@ -9,11 +9,12 @@ The way of a message: `Ranks` (`exchange.py`) is what the engine asks to settle 
 ranks find each other through the run's store (`meeting.py`), make a process group of their own
 (`group.py`), agree on what is subscribed on any of them, and from then on send one buffer an update
 (`wire.py`), in which numbers that add up share a place (`layout.py`). Controllers agree on what to do in
-a group of theirs (`agreement.py`).
+a group of theirs (`agreement.py`). Alerts learn which rank a NaN comes from (`origins.py`).
 """
 
 from streamlens.distributed.agreement import Agreement
 from streamlens.distributed.exchange import Ranks
+from streamlens.distributed.origins import OneRank
 from streamlens.distributed.refusals import check_distributed, check_model
 
-__all__ = ["Agreement", "Ranks", "check_distributed", "check_model"]
+__all__ = ["Agreement", "OneRank", "Ranks", "check_distributed", "check_model"]

@@ -21,6 +21,7 @@ from streamlens.capture.view import View
 from streamlens.distributed.group import Group, LostRanksError
 from streamlens.distributed.layout import WEIGHT, Item
 from streamlens.distributed.meeting import EVERY, Meeting, named
+from streamlens.distributed.origins import Origins
 from streamlens.distributed.wire import Wire
 from streamlens.errors import StreamlensError, UnmergeableError
 from streamlens.reductions import Reduction
@@ -59,6 +60,7 @@ class Ranks:
         self._spread: tuple[Part, bool, bool] | None = None
         self._meeting: Meeting | None = None
         self._wire: Wire | None = None
+        self._origins = Origins(0, 1)
         self._over = False
         self._since = 0.0
         self._told_alone = False
@@ -79,6 +81,7 @@ class Ranks:
             if not (dist.is_available() and dist.is_initialized()):
                 return False
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+            self._origins = Origins(self._rank, self._ranks)
         return self._ranks > 1
 
     @property
@@ -174,6 +177,7 @@ class Ranks:
             try:
                 if self._ready(step) and self._wire is not None:
                     found, tells = self._wire.merge(items, lost, self._moment, news=self._has_news)
+                    self._origins.note(step, found)
                     for item, rows in found:
                         if item.table is not None:
                             item.table.put_wholes(rows)
@@ -189,6 +193,7 @@ class Ranks:
         items: list[Item] = []
         lost: list[tuple[str, str]] = []
         for partial in partials:
+            first = len(items)
             names = partial.names or {}
             lost += [
                 (partial.label, str(names.get(k, k))) for k, part in partial.parts.items() if part is None
@@ -214,8 +219,11 @@ class Ranks:
                         scaled,
                     )
                 )
+            origins = self._origins.item(items[first:])
             if taken and partial.weight is not None:
                 items.append(self._weight(partial, taken[0].values))
+            if origins is not None:
+                items.append(origins)
         return items, lost
 
     def _weight(self, partial: Partial, like: Tensor) -> Item:
@@ -341,6 +349,10 @@ class Ranks:
                 ),
                 "observing on one rank",
             )
+
+    def origins(self, topic: str, layers: Sequence[str], step: int) -> tuple[int, ...]:
+        """The processes from which values that are not finite come, as the last updates have told."""
+        return self._origins.of(topic, layers, step)
 
     # -- the end -----------------------------------------------------------------------------
 

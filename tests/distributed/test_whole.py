@@ -193,6 +193,25 @@ def test_a_rank_can_look_at_itself_alone(found: Found) -> None:
         assert len(mine["alone"]["losses"]) == 2
 
 
+def test_an_alert_names_the_rank_that_the_values_come_from(found: Found) -> None:
+    for mine in found:
+        told = {name: watched["rows"][0] for name, watched in mine["alerts"].items()}
+        assert {row["step"] for row in told.values()} == {1}
+        assert (told["rank 1"]["rank"], told["rank 1"]["layers"]) == (1, ("first",))
+        assert "first in the output of first (phase: forward), on rank 1. Look" in told["rank 1"]["text"]
+        assert told["both"]["rank"] == [0, 1]
+        assert "(phase: forward), on ranks 0, 1. Look" in told["both"]["text"]
+        assert (told["a shard"]["rank"], told["a shard"]["layers"]) == (1, ("second",))
+        assert told["a shard"]["phase"] == "backward"
+    assert [mine["alerts"]["alone"]["rows"][0]["rank"] for mine in found] == [0, 1]
+
+
+def test_alerts_are_written_on_rank_0_alone_and_by_each_rank_that_looks_alone(found: Found) -> None:
+    for name in ("rank 1", "both", "a shard"):
+        assert [mine["alerts"][name]["written"] for mine in found] == [1, 0]
+    assert [mine["alerts"]["alone"]["written"] for mine in found] == [1, 1]
+
+
 @pytest.fixture(scope="module")
 def meshes(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return launch("tests.distributed.work", "meshes", tmp_path_factory.mktemp("meshes"), ranks=4)

@@ -292,6 +292,43 @@ def alone() -> Found:
     return {"losses": list(table.dataframe.value)}
 
 
+def alerts() -> Found:
+    """NaN in the inputs of rank 1, of both, in a shard that rank 1 holds, and seen by one rank alone."""
+    rank = dist.get_rank()
+    told: dict[str, Any] = {}
+
+    def watch(
+        name: str, model: nn.Module, bad: Sequence[int], *, shard: bool = False, **options: Any
+    ) -> None:
+        table = sl.sinks.Table()
+        rows: list[dict[str, Any]] = []
+        optimizer = adam(list(model.parameters()))
+        with sl.observe(model, **options) as lens:
+            criterion = lens.watch_loss(nn.functional.cross_entropy)
+            found = lens.pipe(sl.nonfinite_values())
+            found.subscribe(lambda f: rows.append({"step": f.step, "layers": f.layers, **f.meta}))
+            found.subscribe(table)
+            for step, ranks in enumerate(batches(3, (4, 4))):
+                x, y = ranks[rank]
+                if step == 1 and rank in bad and not shard:
+                    x = x.index_fill(0, torch.tensor(2), torch.nan)
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                if step == 1 and rank in bad and shard:
+                    gradient: Any = model.get_parameter("second.weight").grad
+                    gradient.to_local()[0] = torch.inf
+                optimizer.step()
+        told[name] = {"rows": rows, "written": len(table.dataframe)}
+
+    watch("rank 1", DistributedDataParallel(model_of()), [1])
+    watch("both", DistributedDataParallel(model_of()), [0, 1])
+    watch("alone", DistributedDataParallel(model_of()), [0, 1], distributed=False)
+    sharded = model_of()
+    fully_shard(sharded)
+    watch("a shard", sharded, [1], shard=True)
+    return told
+
+
 def hsdp() -> Found:
     """Two replicas of two shards."""
     model = model_of()
@@ -336,6 +373,7 @@ SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
         bit_identity,
         refusals,
         alone,
+        alerts,
         on_a_device,
     ),
     "meshes": (hsdp, fsdp_and_tensor_parallel),

@@ -24,8 +24,9 @@ __all__ = ["RulesNode"]
 class _Watch:
     """One rule on one model: its memory, and which of its alerts are open."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, runtime: Runtime) -> None:
         self.rule = rule
+        self._runtime = runtime
         self.judge: Judge = rule.judge()
         self.groups: dict[str, Hysteresis] = {}
         self.since: dict[tuple[str, str], int] = {}
@@ -64,7 +65,10 @@ class _Watch:
         }
         if state == "start":
             self.since.update({(verdict.group, layer): frame.step for layer in layers})
-            meta["text"] = f"{rule.meaning(verdict, index)}. {rule.advice}."
+            ranks = self._runtime.origins(frame.topic, layers, frame.step)
+            if ranks:
+                meta["rank"] = ranks[0] if len(ranks) == 1 else list(ranks)
+            meta["text"] = f"{rule.meaning(verdict, index)}{_on(ranks)}. {rule.advice}."
         else:
             since = min(self.since.pop((verdict.group, layer), frame.step) for layer in layers)
             meta["since"] = since
@@ -97,6 +101,13 @@ class _Watch:
             self.groups[name] = Hysteresis(*self.rule.start, self.rule.end)
             self.groups[name].load_state_dict(saved)
         self.since = {(group, layer): step for group, layer, step in state["since"]}
+
+
+def _on(ranks: Sequence[int]) -> str:
+    """Where it was, as a sentence ends."""
+    if not ranks:
+        return ""
+    return f", on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 class RulesNode(Node):
@@ -183,7 +194,7 @@ class RulesNode(Node):
         look = Look(frame.topic, frame.step, frame.layers, values, frame.components, on_device)
         watches = self._watches.get(frame.source)
         if watches is None:
-            watches = self._watches[frame.source] = [_Watch(rule) for rule in self._rules]
+            watches = self._watches[frame.source] = [_Watch(rule, self._runtime) for rule in self._rules]
         alerts: list[Frame] = []
         for i, every, averaged in self._routes[frame.topic]:
             if frame.kind is not Kind.EVENT and frame.step % every:
@@ -214,7 +225,7 @@ class RulesNode(Node):
         """Put back what `state_dict` gave; a rule that is new starts afresh."""
         self._watches = {}
         for source, saved in state["sources"].items():
-            watches = self._watches[source] = [_Watch(rule) for rule in self._rules]
+            watches = self._watches[source] = [_Watch(rule, self._runtime) for rule in self._rules]
             for watch in watches:
                 if watch.rule.name in saved:
                     watch.load_state_dict(saved[watch.rule.name])

@@ -150,10 +150,10 @@ def nonfinite_values(
     follows from it is not told again. The alert ends with the first step in which everything is finite.
 
     The topic is `alerts.nonfinite_values`; its value is the norm that was found, `meta["phase"]` the
-    phase. Cost: the norms of all outputs and of the gradients at each look; without `"update"`, weights
-    that an update spoilt show in the next forward. Overflows that GradScaler catches are no steps, and
-    are not told; with a fused optimizer on a GPU, where only the device knows, gradients that are all NaN
-    are told in the next forward, if that is not finite.
+    phase. Where several ranks train, `meta["rank"]` is the one in whose part of the batch, or shard, it was
+    found: a list if there are several, absent where all hold the same and where it is several of more than
+    48. Cost: the norms of all outputs and of the gradients at each look; without `"update"`, weights that an
+    update spoilt show in the next forward. Overflows that GradScaler catches are no steps, and are not told.
 
     Args:
         phases: The phases to look at.
