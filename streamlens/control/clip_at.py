@@ -146,4 +146,5 @@ class ClipAt(GradientController):
             f"{limit:.3g} is the limit, by the {self._percentile:g}th percentile of the last "
             f"{min(int(count), self._window)} norms"
         )
-        return Decision(TOPIC, (norm,), (remains,), cause)
+        deed = f"clipped the gradient from a norm of {norm:.4g} to {remains:.4g}"
+        return Decision(TOPIC, (norm,), (remains,), cause, deed=deed)

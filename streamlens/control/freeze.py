@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from reactivex.disposable import Disposable
@@ -164,7 +164,7 @@ class Freeze(Controller):
         numbers = {layer: number for layer, number in numbers.items() if withholding.trained(layer)}
         if not numbers:
             raise StreamlensError(f"Freeze: no layer of {frame.topic!r} has parameters that are trained")
-        return self._decision(frame, self._resting(numbers), self._moved(numbers, frame.step))
+        return self._decision(frame, self._resting(numbers), self._moved(numbers, frame.topic, frame.step))
 
     def _may_act(self, withholding: Withholding) -> bool:
         assert self.engine is not None
@@ -195,7 +195,7 @@ class Freeze(Controller):
         most = max(len(training) - self._leave, 0)
         return resting[: most if self._at_once is None else min(most, self._at_once)]
 
-    def _moved(self, numbers: Mapping[str, float], step: int) -> dict[str, str]:
+    def _moved(self, numbers: Mapping[str, float], topic: str, step: int) -> dict[str, str]:
         """The layers to be thawed, and why."""
         moved = {}
         for layer, since in self.frozen.items():
@@ -205,27 +205,17 @@ class Freeze(Controller):
                 self.counts[layer] = self.counts.get(layer, 0) + 1 if moves else 0
             if self._thaw is not None and self.counts.get(layer, 0) >= self._patience:
                 side = "at most" if self._above is not None else "at least"
-                moved[layer] = f"{side} {self._thaw:g} for {_frames(self._patience)}"
+                moved[layer] = f"{topic} has been {side} {self._thaw:g} for {_frames(self._patience)}"
             elif self._thaw_after is not None and step - since >= self._thaw_after:
-                moved[layer] = f"frozen for {step - since} steps"
+                moved[layer] = f"{step - since} steps have passed"
         return moved
 
     def _decision(self, frame: Frame, resting: Sequence[str], moved: Mapping[str, str]) -> Decision | None:
         if not resting and not moved:
             return None
         side = f"at least {self._above:g}" if self._above is not None else f"at most {self._below:g}"
-        causes = []
-        if resting:
-            names = ", ".join(resting)
-            causes.append(f"{frame.topic} of {names} has been {side} for {_frames(self._patience)}")
-        for why in dict.fromkeys(moved.values()):
-            names = ", ".join(layer for layer, cause in moved.items() if cause == why)
-            causes.append(
-                f"{names} was {why}"
-                if why.startswith("frozen")
-                else f"{frame.topic} of {names} has been {why}"
-            )
-        return _changing(resting, moved, "; ".join(causes))
+        rests = [f"{frame.topic} has been {side} for {_frames(self._patience)}"] if resting else []
+        return _changing(resting, moved, "; ".join(dict.fromkeys([*rests, *moved.values()])))
 
     def thaw(self, *layers: str) -> None:
         """Train frozen layers again, all of them if none is named; on every rank.
@@ -269,7 +259,10 @@ def _frames(count: int) -> str:
     return "one frame" if count == 1 else f"{count} frames"
 
 
-def _changing(freezing: Sequence[str], thawing: Sequence[str] | Mapping[str, str], cause: str) -> Decision:
+def _changing(freezing: Sequence[str], thawing: Iterable[str], cause: str) -> Decision:
+    thawing = tuple(thawing)
     old = (0.0,) * len(freezing) + (1.0,) * len(thawing)
     new = tuple(1.0 - value for value in old)
-    return Decision(TOPIC, old, new, cause, layers=(*freezing, *thawing))
+    deeds = [f"ended updates of {', '.join(freezing)}"] if freezing else []
+    deeds += [f"resumed updates of {', '.join(thawing)}"] if thawing else []
+    return Decision(TOPIC, old, new, cause, layers=(*freezing, *thawing), deed=" and ".join(deeds))

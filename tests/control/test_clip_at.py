@@ -83,7 +83,7 @@ def test_weight_gradients_is_what_remains_and_the_action_says_why() -> None:
     assert all(f.meta["new"] == pytest.approx(remains[f.step], rel=1e-5) for f in actions)
     count = actions[0].step + 1
     assert f"is the limit, by the 0th percentile of the last {count} norms" in actions[0].meta["cause"]
-    assert actions[0].meta["text"].startswith("ClipAt set gradient_norm from ")
+    assert actions[0].meta["text"].startswith("ClipAt clipped the gradient from a norm of ")
 
 
 def scalar() -> tuple[nn.Linear, Optimizer]:
@@ -210,7 +210,7 @@ def test_it_learns_in_a_dry_run_and_changes_nothing() -> None:
         list(steps_of(model, optimizer, 5))
         lens.close()
     assert said
-    assert "would set gradient_norm" in said[0].meta["text"]
+    assert "ClipAt would have clipped the gradient" in said[0].meta["text"]
     assert all(map(torch.equal, watched.parameters(), alone.parameters()))
 
 

@@ -239,49 +239,6 @@ def test_on_a_lagging_device_values_are_those_of_the_step_before(monkeypatch: py
     lens.close()
 
 
-@pytest.mark.parametrize("lag", [False, True])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: control.RatioLR(mode="base", smoothing=0.5),
-        lambda: control.RatioLR(mode="current", smoothing=0.5, gain=0.7),
-        lambda: control.RatioLR(mode="current", smoothing=0.5, per_layer=True),
-    ],
-)
-def test_interrupted_and_resumed_is_uninterrupted_to_the_bit(
-    make: Callable[[], control.RatioLR], lag: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_attachment, "lagging", lambda frame: lag)
-
-    def run(interrupted: bool) -> tuple[list[Any], list[Tensor]]:
-        actions: list[Any] = []
-        saved: dict[str, Any] | None = None
-        for part in [range(8)] if not interrupted else [range(5), range(5, 8)]:
-            model = small_model()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            lens = sl.observe(model, on_error="raise")
-            controller = make()
-            controller.actions.subscribe(lambda f: actions.append((f.step, f.meta["old"], f.meta["new"])))
-            lens.pipe(sl.uw_ratio()).subscribe(controller)
-            if saved is not None:
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                lens.load_state_dict(saved["lens"])
-            for i in part:
-                list(steps_of(model, optimizer, 1, seed=i))
-            saved = copy.deepcopy(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lens": lens.state_dict()}
-            )
-            lens.close()
-        return actions, [p.detach() for p in model.parameters()]
-
-    expected, resumed = run(interrupted=False), run(interrupted=True)
-    assert len(expected[0]) >= 5
-    assert resumed[0] == expected[0]
-    assert all(map(torch.equal, resumed[1], expected[1]))
-    assert run(interrupted=False)[0] == expected[0]
-
-
 def test_gradient_controllers_act_before_the_gradients_are_taken() -> None:
     class Half(control.GradientController):
         def scales(self, gradients: Any, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -66,8 +66,8 @@ def test_by_tiny_updates_and_thawed_after_some_steps() -> None:
         list(steps_of(model, optimizer, 8))
     assert [(f.step, f.meta["new"]) for f in actions] == [(1, 1.0), (4, 0.0), (6, 1.0)]
     first, second = (f.meta["text"] for f in actions[:2])
-    assert first == "Freeze set frozen from 0 to 1: uw_ratio of 0 has been at most 1e-05 for 2 frames"
-    assert second == "Freeze set frozen from 1 to 0: 0 was frozen for 3 steps"
+    assert first == "Freeze ended updates of 0: uw_ratio has been at most 1e-05 for 2 frames"
+    assert second == "Freeze resumed updates of 0: 3 steps have passed"
 
 
 def test_groups_schedulers_and_the_state_of_the_optimizer_see_no_difference() -> None:

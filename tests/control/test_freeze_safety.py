@@ -101,7 +101,7 @@ def test_a_dry_run_says_it_once_and_changes_nothing() -> None:
         controller.actions.subscribe(lambda f: said.append(f.meta["text"]))
         lens.pipe(sl.uw_ratio()).subscribe(controller)
         list(steps_of(watched, torch.optim.SGD(watched.parameters(), lr=0.1), 4))
-    assert said == ["Freeze would set frozen from 0 to 1: uw_ratio of 0 has been at most 1e+09 for 2 frames"]
+    assert said == ["Freeze would have ended updates of 0: uw_ratio has been at most 1e+09 for 2 frames"]
     assert all(map(torch.equal, watched.parameters(), alone.parameters()))
     assert trainable(watched) == ALL
 
