@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     from streamlens.sinks.console import Console
     from streamlens.sinks.csv import CSV
     from streamlens.sinks.json_lines import JSONLines
+    from streamlens.sinks.parquet import Parquet
     from streamlens.sinks.run_store import RunStore
     from streamlens.sinks.table import Table
     from streamlens.sinks.tensorboard import TensorBoard
+    from streamlens.sinks.webhook import Webhook
 
 __all__ = [
     "CSV",
     "Callback",
     "Console",
     "JSONLines",
+    "Parquet",
     "RunStore",
     "Table",
     "TensorBoard",
+    "Webhook",
 ]
 
 _HOMES: Final = {
@@ -32,9 +36,11 @@ _HOMES: Final = {
     "Callback": "streamlens.sinks.callback",
     "Console": "streamlens.sinks.console",
     "JSONLines": "streamlens.sinks.json_lines",
+    "Parquet": "streamlens.sinks.parquet",
     "RunStore": "streamlens.sinks.run_store",
     "Table": "streamlens.sinks.table",
     "TensorBoard": "streamlens.sinks.tensorboard",
+    "Webhook": "streamlens.sinks.webhook",
 }
 
 

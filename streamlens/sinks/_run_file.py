@@ -8,13 +8,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, TypeAlias
+from typing import BinaryIO, Final, NamedTuple, TypeAlias, TypeVar
 
 from streamlens.runs.lock import try_lock
 from streamlens.sink import RunInfo
 from streamlens.sinks._append_file import AppendFile
 
-__all__ = ["Record", "numbered", "open_run_file"]
+__all__ = ["Record", "first_claimed", "has_gone_back", "must_go_back", "open_run_file"]
+
+T = TypeVar("T")
 
 _CHUNK: Final = 1 << 20
 _log = logging.getLogger("streamlens")
@@ -42,12 +44,6 @@ Reader: TypeAlias = Callable[[BinaryIO], Iterator[Record]]
 """Reads the whole records of an open file; others, such as one that a crash cut off, are left out."""
 
 
-def numbered(path: Path) -> Iterator[Path]:
-    """A path, and after it those with a number: `run.csv`, `run-2.csv`, `run-3.csv` and so on."""
-    yield path
-    yield from (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
-
-
 def open_run_file(wanted: Path, run: RunInfo, header: bytes, read: Reader) -> AppendFile:
     """The file that a run is appended to: a new one, or the one in which it has begun.
 
@@ -67,20 +63,60 @@ def open_run_file(wanted: Path, run: RunInfo, header: bytes, read: Reader) -> Ap
     Raises:
         OSError: It cannot be made or written.
     """
+
+    def claim(path: Path) -> AppendFile | None:
+        try:
+            return _new(path, header)
+        except FileExistsError:
+            return _reopened(path, run, header, read)
+
+    return first_claimed(wanted, claim)[1]
+
+
+def first_claimed(wanted: Path, claim: Callable[[Path], T | None]) -> tuple[Path, T]:
+    """The first of a path and those with a number that can be had; logged if it is not the first of all.
+
+    Args:
+        wanted: The path; the folder that it lies in is made if need be.
+        claim: Makes what is to be at a path, or opens it. None where there is something else.
+
+    Returns:
+        The path, symbolic links resolved, and what `claim` gave.
+
+    Raises:
+        OSError: Nothing can be made there.
+    """
     wanted = Path(os.path.realpath(wanted))
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    for path in numbered(wanted):
-        try:
-            file = _new(path, header)
-        except FileExistsError:
-            own = _reopened(path, run, header, read)
-            if own is None:
-                continue
-            file = own
-        if path != wanted:
-            _log.warning("%s is in use or holds something else: this run is written to %s", wanted, path)
-        return file
-    raise AssertionError("numbers have no end")
+    numbered = (wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}") for number in itertools.count(2))
+    path, claimed = next(
+        (path, claimed)
+        for path in itertools.chain([wanted], numbered)
+        if (claimed := claim(path)) is not None
+    )
+    if path != wanted:
+        _log.warning("%s is in use or holds something else: this run is written to %s", wanted, path)
+    return path, claimed
+
+
+def must_go_back(path: Path, run: RunInfo) -> bool:
+    """Whether a file may still hold what its run had beyond the snapshot that it went back to.
+
+    Args:
+        path: The file, symbolic links resolved.
+        run: The run.
+    """
+    return run.resumed_at is not None and (path, run.resumption) not in _resumed
+
+
+def has_gone_back(path: Path, run: RunInfo) -> None:
+    """Note that a file holds nothing of the kind any more.
+
+    Args:
+        path: The file, symbolic links resolved.
+        run: The run.
+    """
+    _resumed.add((path, run.resumption))
 
 
 def _new(path: Path, header: bytes) -> AppendFile:
@@ -105,9 +141,9 @@ def _reopened(path: Path, run: RunInfo, header: bytes, read: Reader) -> AppendFi
         if not try_lock(file.fileno()) or _owner(path, header, read) != run.id:
             file.close()
             return None
-        if run.resumed_at is not None and (path, run.resumption) not in _resumed:
+        if run.resumed_at is not None and must_go_back(path, run):
             file = _cut(file, run.resumed_at, header, read)
-            _resumed.add((path, run.resumption))
+            has_gone_back(path, run)
     except BaseException:
         file.close()
         raise
