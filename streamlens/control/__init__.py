@@ -10,6 +10,7 @@ from streamlens.control.freeze import Freeze
 from streamlens.control.gradients import GradientController
 from streamlens.control.ratio_lr import RatioLR
 from streamlens.control.reduce_on_plateau import ReduceOnPlateau
+from streamlens.control.rollback import Rollback
 from streamlens.control.schedules import Constant, ExponentialDecay, Schedule, scheduled
 from streamlens.control.set_rate import SetRate
 from streamlens.control.stop import Stop
@@ -26,6 +27,7 @@ __all__ = [
     "GradientController",
     "RatioLR",
     "ReduceOnPlateau",
+    "Rollback",
     "Schedule",
     "SetRate",
     "Stop",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from streamlens.control.decision import Decision
     from streamlens.runtime import Runtime
 
-__all__ = ["Vote", "agreed", "agreement_of"]
+__all__ = ["Vote", "agreed", "agreement_of", "check_alike"]
 
 _agreements: Final[weakref.WeakKeyDictionary[Runtime, weakref.ref[Agreement]]] = weakref.WeakKeyDictionary()
 """Controllers of one run share a group; it goes with the last of them."""
@@ -50,19 +50,12 @@ def agreement_of(runtime: Runtime, timeout: float | None) -> Agreement:
     return found
 
 
-def agreed(votes: Sequence[Vote], *, any_rank: bool) -> Decision | None:
-    """The one decision that follows from what each rank would do.
-
-    Args:
-        votes: By rank.
-        any_rank: Whether the first rank that would act has its way; else it is rank 0's alone, and
-            nothing is done where some rank had no input.
+def check_alike(votes: Sequence[Vote]) -> None:
+    """Raise where ranks have not looked at the same thing.
 
     Raises:
-        StreamlensError: The ranks did not look at the same thing.
+        StreamlensError: They have not.
     """
-    if not votes:
-        return None
     if any(vote.place != votes[0].place for vote in votes):
         seen = "; ".join(
             f"rank {rank}: {vote.place[0]} on {vote.place[1]!r} of step {vote.place[2]}"
@@ -72,6 +65,16 @@ def agreed(votes: Sequence[Vote], *, any_rank: bool) -> Decision | None:
             f"the ranks did not come to one decision ({seen}): end the same chains in the same controllers, "
             "in the same order, on every rank"
         )
+
+
+def agreed(votes: Sequence[Vote], *, any_rank: bool) -> Decision | None:
+    """The one decision that follows from what each rank would do.
+
+    Args:
+        votes: By rank; none where ranks cannot agree.
+        any_rank: Whether the first rank that would act has its way; else it is rank 0's alone, and
+            nothing is done where some rank had no input.
+    """
     if any_rank:
         return next((vote.decision for vote in votes if vote.decision is not None), None)
-    return None if any(vote.held for vote in votes) else votes[0].decision
+    return None if not votes or any(vote.held for vote in votes) else votes[0].decision

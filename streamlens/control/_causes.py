@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,13 +13,20 @@ from streamlens.control.controller import Controller
 from streamlens.control.decision import Decision
 from streamlens.frame import Frame
 
-__all__ = ["TriggeredController", "alert_state", "nonfinite"]
+__all__ = ["TriggeredController", "alert_cause", "alert_state", "nonfinite"]
 
 
 def alert_state(frame: Frame) -> str | None:
     """`"start"` or `"end"` if a frame is that of an alert, else None."""
     state = frame.meta.get("state")
     return str(state) if "rule" in frame.meta and state in ("start", "end") else None
+
+
+def alert_cause(frame: Frame) -> str | None:
+    """The first sentence of an alert that starts."""
+    if alert_state(frame) != "start":
+        return None
+    return f"alert {frame.meta['rule']}: {str(frame.meta.get('text', '')).partition('. ')[0]}"
 
 
 def nonfinite(frame: Frame) -> str | None:
@@ -63,8 +71,21 @@ class TriggeredController(Controller):
     def act_on(self, cause: str | None, step: int) -> Decision | None:
         """What to do after the update of a step, with what has been told since the last one."""
 
-    def after(self, step: int) -> None:
-        """All ranks have decided after the update of a step, and what was decided is done."""
+    @property
+    def uneasy(self) -> bool:
+        """Whether this rank knows of something that is wrong still."""
+        return False
+
+    def after(self, step: int, *, calm: bool) -> None:
+        """All ranks have decided after the update of a step, and what was decided is done.
+
+        Args:
+            step: The step.
+            calm: Whether no rank was uneasy.
+        """
+
+    def closed(self, step: int) -> None:
+        """A step is over, and the next one has not begun."""
 
     def attached(self) -> None:
         """See `Controller.attached`."""
@@ -89,19 +110,36 @@ class TriggeredController(Controller):
 
     def _on_mark(self, mark: Mark) -> None:
         engine = self.engine
-        if engine is None or mark.step <= self._asked or mark.kind is MarkKind.EPOCH:
+        if engine is None or mark.kind is MarkKind.EPOCH:
             return
-        if mark.kind is MarkKind.UPDATE and self.whole_steps and len(engine.updates.owners.known) > 1:
+        closed = mark.kind is MarkKind.CLOSED
+        if mark.step <= self._asked:
+            if closed:
+                self._later(lambda: self.closed(mark.step))
+            return
+        if not closed and self.whole_steps and len(engine.updates.owners.known) > 1:
             # Another one may be about to change what this would set; the step's closing tells.
             return
         self._asked = mark.step
         values = torch.tensor([float(mark.step)])
         tick = Frame("update", mark.step, ("",), values, epoch=mark.epoch, source=engine.name)
         # Frames of this burst are handed over behind it: this is behind them.
-        engine.post(lambda: engine.post(lambda: self._decide(tick)))
+        self._later(lambda: self._later(lambda: self._decide(tick, closed=closed)))
 
-    def _decide(self, frame: Frame) -> None:
-        runtime = self._links.runtime
-        if runtime is not None:
-            self.conclude(frame, runtime.attempt(f"{self.name}.propose", self.propose, frame, None))
-            runtime.post(lambda: self.after(frame.step) if self._links.runtime is runtime else None)
+    def _decide(self, frame: Frame, *, closed: bool = False) -> None:
+        mine = self.runtime.attempt(f"{self.name}.propose", self.propose, frame, None)
+        calm = not self.conclude(frame, mine, held=self.uneasy)
+        # Behind what other controllers do in this burst.
+        self._later(lambda: self.after(frame.step, calm=calm))
+        if closed:
+            self._later(lambda: self.closed(frame.step))
+
+    def _later(self, do: Callable[[], None]) -> None:
+        """Do something after everything of this burst, if the controller is then still of this run."""
+        runtime = self.runtime
+
+        def guarded() -> None:
+            if self._links.runtime is runtime:
+                runtime.attempt(self.name, do)
+
+        runtime.post(guarded)

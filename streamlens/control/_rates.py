@@ -14,7 +14,9 @@ from streamlens.errors import StreamlensError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["TOPIC", "RateController", "check_optimizer"]
+    from streamlens.capture.engine import Engine
+
+__all__ = ["TOPIC", "RateController", "check_optimizer", "rated_groups", "set_rates"]
 
 TOPIC = "learning_rate.action"
 
@@ -27,6 +29,25 @@ def check_optimizer(who: str, optimizer: object) -> None:
     """
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise TypeError(f"{who}(optimizer=) takes an optimizer of torch.optim, got {optimizer!r}")
+
+
+def rated_groups(engine: Engine | None, optimizer: Optimizer | None = None) -> list[dict[str, Any]]:
+    """The parameter groups that have a learning rate, of one optimizer or of all of a model's."""
+    if optimizer is None and engine is not None:
+        known = sorted(engine.updates.owners.known, key=lambda info: info.serial)
+        optimizers = [o for info in known if (o := info.optimizer) is not None]
+    else:
+        optimizers = [] if optimizer is None else [optimizer]
+    return [group for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+
+
+def set_rates(groups: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:
+    """Set the rate of each group."""
+    for group, rate in zip(groups, rates, strict=False):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class RateController(Controller):
@@ -67,13 +88,7 @@ class RateController(Controller):
         self.claim("learning rate", self._optimizer)
 
     def _groups(self) -> list[dict[str, Any]]:
-        if self._optimizer is not None:
-            return list(self._optimizer.param_groups)
-        if self.engine is None:
-            return []
-        known = sorted(self.engine.updates.owners.known, key=lambda info: info.serial)
-        optimizers = [o for info in known if (o := info.optimizer) is not None]
-        return [group for optimizer in optimizers for group in optimizer.param_groups]
+        return rated_groups(self.engine, self._optimizer)
 
     def rates(self) -> list[float]:
         """The rate of each parameter group as it is.
@@ -81,7 +96,7 @@ class RateController(Controller):
         Raises:
             StreamlensError: No optimizer is known.
         """
-        rates = [float(group["lr"]) for group in self._groups() if "lr" in group]
+        rates = [float(group["lr"]) for group in self._groups()]
         if not rates:
             raise StreamlensError(
                 f"{self.name}: no optimizer of the model is known that has a learning rate; pass "
@@ -113,10 +128,5 @@ class RateController(Controller):
 
     def apply(self, decision: Decision) -> None:
         """Set the rate of each group."""
-        groups = [group for group in self._groups() if "lr" in group]
-        for group, rate in zip(groups, decision.new, strict=False):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_rates(self._groups(), decision.new)
         self._written = self.rates()

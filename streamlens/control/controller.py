@@ -15,7 +15,7 @@ from torch import nn
 from streamlens.capture.engine import Engine
 from streamlens.capture.source import Source
 from streamlens.chain import Chain, Ending
-from streamlens.control._agreement import Vote, agreed, agreement_of
+from streamlens.control._agreement import Vote, agreed, agreement_of, check_alike
 from streamlens.control._attachment import ControllerAttachment
 from streamlens.control._claims import claim, release
 from streamlens.control.decision import Decision
@@ -272,29 +272,42 @@ class Controller(Ending, ObserverBase[Frame]):
             mine = runtime.attempt(f"{self.name}.propose", self.propose, frame, noted)
         self.conclude(frame, mine, held=held)
 
-    def conclude(self, frame: Frame, mine: Decision | None, *, held: bool = False) -> None:
+    def conclude(self, frame: Frame, mine: Decision | None, *, held: bool = False) -> bool:
         """Do what all ranks agree on, also where nothing is proposed: every rank has to be there.
 
         Args:
             frame: What was looked at.
             mine: What this rank would do.
             held: Whether the frame was no input.
-        """
-        decision = self._agreed(Vote((self.name, frame.topic, frame.step), held, mine))
-        if decision is None or decision.old == decision.new:
-            return
-        runtime = self.runtime
-        self.decided(decision)
-        if not self.dry_run:
-            runtime.attempt(f"{self.name}.apply", self.apply, decision)
-        self.announce(decision.frame(self.name, *self.moment(frame), frame.source, dry_run=self.dry_run))
 
-    def _agreed(self, vote: Vote) -> Decision | None:
+        Returns:
+            Whether it was none on any rank.
+        """
+        votes = self._votes(Vote((self.name, frame.topic, frame.step), held, mine))
+        decision = agreed(votes, any_rank=self.any_rank)
+        if decision is not None and decision.old != decision.new:
+            self._carry_out(decision, frame)
+        return any(vote.held for vote in votes)
+
+    def _votes(self, vote: Vote) -> list[Vote]:
+        votes = self.gathered(vote)
         try:
-            return agreed(self.gathered(vote), any_rank=self.any_rank)
+            check_alike(votes)
         except StreamlensError as error:
             self.stand_back(str(error))
-            return None
+            return []
+        return votes
+
+    def _carry_out(self, decision: Decision, frame: Frame) -> None:
+        runtime = self.runtime
+        self.decided(decision)
+        if self.dry_run or runtime.attempt(f"{self.name}.apply", self._applied, decision):
+            action = decision.frame(self.name, *self.moment(frame), frame.source, dry_run=self.dry_run)
+            self.announce(action)
+
+    def _applied(self, decision: Decision) -> bool:
+        self.apply(decision)
+        return True
 
     @property
     def several_ranks(self) -> bool:

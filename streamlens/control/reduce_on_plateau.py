@@ -91,7 +91,8 @@ class ReduceOnPlateau(RateController):
         frames = self._rule.take(self._plateau, number)
         if not frames:
             return None
-        new = [self._bounds.limit(rate, rate * self._factor) for rate in old]
+        # A rate that is below its bound already is left there: nothing is raised here.
+        new = [min(rate, self._bounds.limit(rate, rate * self._factor)) for rate in old]
         best = self._plateau["best"]
         cause = f"{frame.topic} has brought nothing better than {best:.4g} in {frames} frames"
         return self.decision(old, new, cause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from streamlens.capture.source import Source
-from streamlens.control._causes import TriggeredController, alert_state, nonfinite
+from streamlens.control._causes import TriggeredController, alert_cause, alert_state, nonfinite
 from streamlens.control._plateau import Plateau, the_number
 from streamlens.control.decision import Decision
 from streamlens.frame import Frame
@@ -78,9 +78,8 @@ class Stop(TriggeredController):
         Raises:
             StreamlensError: A plateau is looked for, and the frame holds more than one number.
         """
-        if (state := alert_state(frame)) is not None:
-            sentence = str(frame.meta.get("text", "")).partition(". ")[0]
-            return f"alert {frame.meta['rule']}: {sentence}" if state == "start" else None
+        if alert_state(frame) is not None:
+            return alert_cause(frame)
         if (wrong := nonfinite(frame)) is not None:
             self.held += not self._on_nan
             return wrong if self._on_nan else None

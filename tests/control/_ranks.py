@@ -103,6 +103,22 @@ def gradients(rank: int, controller: control.Controller) -> dict[str, Any]:
     return {"factors": factors}
 
 
+def roll_back(rank: int) -> dict[str, Any]:
+    """Rollback, where rank 1 alone sees a NaN, at step 4."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    lens = sl.observe(model, emits=["x"], on_error="raise")
+    lens.pipe(sl.topic("x")).subscribe(control.Rollback(every=2, confirm=1))
+    texts: list[str] = []
+    lens.pipe(sl.topic("rollback.action")).subscribe(lambda f: texts.append(f"{f.step}: {f.meta['text']}"))
+    weights = []
+    for step, _ in enumerate(steps_of(model, optimizer, 6)):
+        weights.append([p.detach().flatten().tolist() for p in model.parameters()])
+        lens.emit("x", math.nan if rank == 1 and step == 3 else 1.0)
+    lens.close()
+    return {"weights": weights, "texts": texts}
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ratio": ratio,
     "ratio, NaN on rank 0": lambda rank: ratio(rank, spoilt_rank=0),
@@ -111,6 +127,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "freeze": freeze,
     "clip": lambda rank: gradients(rank, control.ClipAt(0)),
     "fixed ratio": lambda rank: gradients(rank, control.FixedRatio(1e-3)),
+    "rollback": roll_back,
     "ratio, none on rank 1": lambda rank: ratio(rank, absent_rank=1),
 }
 

@@ -98,3 +98,15 @@ def test_gradients_of_each_rank_are_scaled_by_what_rank_0_makes_of_its_own(
     first, second = outcomes[scenario]
     assert first["factors"] == pytest.approx(second["factors"], rel=1e-3)
     assert any(abs(factor - 1) > 0.05 for factor in first["factors"])
+
+
+def test_what_one_rank_sees_puts_the_model_back_on_both(outcomes: Outcomes) -> None:
+    first, second = outcomes["rollback"]
+    assert first == second
+    (text,) = first["texts"]
+    assert text.startswith(
+        "4: Rollback put back the model as it was after step 2 and lowered the learning rate "
+    )
+    assert text.endswith("from 0.1 to 0.05: x is nan at step 3")
+    assert first["weights"][4] == first["weights"][2]
+    assert first["weights"][5] != first["weights"][3]

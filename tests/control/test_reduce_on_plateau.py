@@ -49,7 +49,7 @@ rules = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(rule=rules, numbers=st.lists(st.sampled_from([0.5, 0.9, 0.95, 0.99999, 1.0, 1.05, 2.0]), max_size=30))
 def test_rates_are_those_of_pytorchs_scheduler(rule: dict[str, Any], numbers: list[float]) -> None:
-    ours, theirs = an_optimizer(0.1, 0.4), an_optimizer(0.1, 0.4)
+    ours, theirs = an_optimizer(0.1, 0.4, 0.01), an_optimizer(0.1, 0.4, 0.01)
     scheduler = ReduceLROnPlateau(theirs, eps=0.0, **rule)
     source: Subject[Frame] = Subject()
     source.subscribe(control.ReduceOnPlateau(ours, **rule))

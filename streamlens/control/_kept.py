@@ -1,0 +1,163 @@
+"""A model and its optimizers' state, kept and put back in place."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Shelf", "keep", "keep_optimizer", "put_back"]
+
+
+def keep(model: nn.Module, optimizers: Mapping[int, Optimizer]) -> dict[str, Any]:
+    """Copies of a model's parameters and buffers, and of its optimizers' state, where they lie.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers, each under a number of its own.
+
+    Returns:
+        Plain containers and tensors.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    return {
+        "tensors": {name: tensor.detach().clone() for name, tensor in _tensors(model)},
+        "optimizers": {number: keep_optimizer(optimizer, own) for number, optimizer in optimizers.items()},
+    }
+
+
+def keep_optimizer(optimizer: Optimizer, others: set[int]) -> dict[str, Any]:
+    """Copies of an optimizer's state, and of those of its parameters that are kept nowhere else.
+
+    Args:
+        optimizer: The optimizer.
+        others: The identities of the parameters that are.
+    """
+    places = _places(optimizer)
+    return {
+        "state": {places.get(id(key), key): _copied(state) for key, state in optimizer.state.items()},
+        "own": {
+            place: parameter.detach().clone()
+            for place, parameter in enumerate(_parameters(optimizer))
+            if id(parameter) not in others
+        },
+    }
+
+
+@torch.no_grad()
+def put_back(kept: Mapping[str, Any], model: nn.Module, optimizers: Mapping[int, Optimizer]) -> None:
+    """Put back what `keep` gave, into the tensors that are there.
+
+    Parameter groups, and with them the rates, stay as they are; an optimizer that was not kept too.
+
+    Args:
+        kept: What `keep` gave.
+        model: The model.
+        optimizers: Its optimizers, under the same numbers.
+    """
+    now = dict(_tensors(model))
+    for name, tensor in kept["tensors"].items():
+        now[name].copy_(tensor)
+    for number, saved in kept["optimizers"].items():
+        optimizer = optimizers.get(number)
+        if optimizer is None:
+            continue
+        parameters = _parameters(optimizer)
+        for place, tensor in saved["own"].items():
+            parameters[place].copy_(tensor)
+        state = {parameters[k] if isinstance(k, int) else k: v for k, v in saved["state"].items()}
+        for key in [key for key in optimizer.state if key not in state]:
+            del optimizer.state[key]
+        for key, value in state.items():
+            optimizer.state[key] = _restored(optimizer.state.get(key), value, key)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, t) for name, t in named if not nn.parameter.is_lazy(t) and _writable(t)]
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Whether each element has a place of its own; what was expanded from one number is a constant."""
+    if tensor.layout is not torch.strided:
+        return True
+    return all(size < 2 or stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _places(optimizer: Optimizer) -> dict[int, int]:
+    return {id(parameter): place for place, parameter in enumerate(_parameters(optimizer))}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)
+
+
+def _restored(now: Any, value: Any, parameter: Any) -> Any:
+    """A value that was kept, in the tensors that are there where they fit."""
+    if isinstance(value, Tensor):
+        if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
+            return now.copy_(value)
+        # A snapshot may have been read to another device than the parameter's.
+        alike = isinstance(parameter, Tensor) and parameter.shape == value.shape
+        return value.clone().to(parameter.device) if alike else value.clone()
+    if isinstance(value, dict):
+        there = now if isinstance(now, dict) else {}
+        return {key: _restored(there.get(key), entry, parameter) for key, entry in value.items()}
+    return _copied(value)
+
+
+class Shelf:
+    """Where what is kept lies: in memory, as part of the controller's state, or in files.
+
+    Args:
+        folder: The folder of the files; in memory if None.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.label = ""
+
+    def _path(self, place: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"rollback{self.label}.{place}.pt"
+
+    def lay(self, place: str, kept: dict[str, Any]) -> dict[str, Any] | None:
+        """Lay something down; what is to be remembered of it."""
+        if self.folder is None:
+            return kept
+        path = self._path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        torch.save(kept, draft)
+        # Whoever looks finds the whole file or the one before.
+        os.replace(draft, path)
+        return None
+
+    def take(self, place: str, remembered: dict[str, Any] | None) -> dict[str, Any]:
+        """What lies there."""
+        if remembered is not None:
+            return remembered
+        # Our own file; and an optimizer's state may hold objects of any class.
+        kept: dict[str, Any] = torch.load(self._path(place), weights_only=False)
+        return kept
+
+    def move(self, place: str, to: str) -> None:
+        """Lay what lies in one place down in another."""
+        if self.folder is not None:
+            os.replace(self._path(place), self._path(to))
