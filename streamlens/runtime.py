@@ -57,7 +57,7 @@ class Runtime:
         self.resumed_at: int | None = None
         self.resumption = ""
         self._marks: list[Callable[[Mark], None]] = []
-        self._queue: deque[Callable[[], None]] = deque()
+        self._queue: deque[Callable[[], object]] = deque()
         self._draining = False
         self._leases: list[Lease] = []
         self._derived: dict[str, Derived] = {}
@@ -95,7 +95,7 @@ class Runtime:
 
     # -- delivery ----------------------------------------------------------------------------
 
-    def post(self, item: Callable[[], None]) -> None:
+    def post(self, item: Callable[[], object]) -> None:
         """Run `item` after everything posted before it, also when posted from within a delivery."""
         self._queue.append(item)
         self.drain()
