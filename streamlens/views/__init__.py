@@ -1,6 +1,7 @@
 """Charts of a run: functions from a DataFrame to an Altair chart, and the report that hosts them."""
 
 from streamlens.views.accuracy import accuracies
+from streamlens.views.bands import percentile_bands
 from streamlens.views.curvature import hessian_eigenvalues
 from streamlens.views.heatmap import update_to_weight_ratio
 from streamlens.views.histogram import histogram
@@ -19,6 +20,7 @@ __all__ = [
     "learning_rate",
     "loss",
     "metric",
+    "percentile_bands",
     "stack",
     "themed",
     "update_to_weight_ratio",

@@ -1,13 +1,14 @@
-"""The sections of what a page has no chart of its own for: histograms, and any other metric."""
+"""The sections of what a page has no chart of its own for: distributions, and any other metric."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import altair as alt
 import numpy as np
 
+from streamlens.views.bands import are_percentiles, percentile_bands
 from streamlens.views.histogram import histogram, is_histogram
 from streamlens.views.marks import Limits
 from streamlens.views.metric import metric
@@ -31,11 +32,14 @@ _MARKS: Final = frozenset(
 )
 """Topics that are no metrics."""
 
-_MOST_HISTOGRAMS: Final = 6
-"""Layers of one topic whose histograms are drawn."""
+_MOST_DISTRIBUTIONS: Final = 6
+"""Layers of one topic whose distributions are drawn, each in a chart of its own."""
 
 _MOST_METRICS: Final = 30
 _MOST_TITLE: Final = 80
+
+
+_Draw = Callable[["pd.DataFrame", "Limits | None", int, str], alt.LayerChart]
 
 
 class Other(NamedTuple):
@@ -63,7 +67,7 @@ def other_sections(
     limits: Limits | None,
     max_points: int,
 ) -> Iterator[Other]:
-    """Sections of topics: first the metrics, then the histograms.
+    """Sections of topics: first the metrics, then the distributions.
 
     Args:
         rows: The topics.
@@ -72,30 +76,44 @@ def other_sections(
         max_points: The most points in all of them together.
     """
     others = {topic: table for topic, table in rows.items() if len(table)}
-    counted = {topic: table for topic, table in others.items() if is_histogram(table)}
-    metrics = [topic for topic in others if topic not in counted][:_MOST_METRICS]
-    chosen = {topic: _chosen(layers[topic]) for topic in counted}
+    spread = {topic: view for topic, table in others.items() if (view := _distribution(table)) is not None}
+    metrics = [topic for topic in others if topic not in spread][:_MOST_METRICS]
+    chosen = {topic: _chosen(layers[topic]) for topic in spread}
     charts = len(metrics) + sum(map(len, chosen.values()))
     share = max_points // max(1, charts)
     for topic in metrics:
         chart = metric(others[topic], title=topic, layers=layers[topic], limits=limits, max_points=share)
         yield Other(_key(topic), _title(topic), _READING.get(topic, _METRIC), chart)
     for topic, names in chosen.items():
-        table = counted[topic]
+        table = others[topic]
+        draw, reading = spread[topic]
+        values = topic.removesuffix(".histogram").removesuffix(".percentile_bands")
         for name in names:
-            of_layer = table[table["layer"] == name]
-            chart = histogram(
-                of_layer, limits=limits, max_cells=share, values=topic.removesuffix(".histogram")
-            )
+            chart = draw(table[table["layer"] == name], limits, share, values)
             title = f"{_title(topic)}: {name}" if name else _title(topic)
             left_out = len(layers[topic]) - len(names)
             note = f" {left_out} more layers were recorded." if left_out and name == names[-1] else ""
-            yield Other(_key(f"{topic}-{name}"), title, _HISTOGRAM + note, chart)
+            yield Other(_key(f"{topic}-{name}"), title, reading + note, chart)
+
+
+def _distribution(table: pd.DataFrame) -> tuple[_Draw, str] | None:
+    """How a topic is drawn whose components together are one distribution, and how to read that."""
+    if is_histogram(table):
+        return _histogram, _HISTOGRAM
+    return (_bands, _BANDS) if are_percentiles(table) else None
+
+
+def _histogram(rows: pd.DataFrame, limits: Limits | None, most: int, values: str) -> alt.LayerChart:
+    return histogram(rows, limits=limits, max_cells=most, values=values)
+
+
+def _bands(rows: pd.DataFrame, limits: Limits | None, most: int, values: str) -> alt.LayerChart:
+    return percentile_bands(rows, limits=limits, max_points=most, values=values)
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
     """Some of the layers, from the first to the last."""
-    places = np.linspace(0, len(names) - 1, min(len(names), _MOST_HISTOGRAMS)).round().astype(int)
+    places = np.linspace(0, len(names) - 1, min(len(names), _MOST_DISTRIBUTIONS)).round().astype(int)
     return [names[i] for i in places.tolist()]
 
 
@@ -118,16 +136,41 @@ _TITLES: Final = {
     "weights.spectral_norm.residual": "Residuals of the spectral norms",
     "weights.histogram": "Weights",
     "weight_gradients.histogram": "Weight gradients",
+    "svcca": "Similarity with an earlier checkpoint (SVCCA)",
+    "linear_cka": "Similarity with an earlier checkpoint (linear CKA)",
+    "linear_cka.layers": "Similarity of layers (linear CKA)",
+    "activations.saturation": "Saturation",
 }
 _READING: Final = {
     "weights.spectral_norm": (
         "The largest singular value of each layer's weights: how far it can stretch its input; steady growth "
         "makes the loss sharper, and a few directions that take over show here before they do in the 2-norm."
     ),
+    "activations.saturation": (
+        "The share of a layer's directions that 99% of its outputs' variance needs: near 1 more units may "
+        "help, near 0 fewer would do."
+    ),
+    "svcca": (
+        "How much of what each layer represents it represented at the checkpoint too, 1 being all of it; a "
+        "line that stays flat near the end is a layer that has settled."
+    ),
+    "linear_cka": (
+        "How alike each layer's representation of the same inputs is to that of the checkpoint, 1 being the "
+        "same up to rotation and scale; a line that stays flat near the end is a layer that has settled."
+    ),
+    "adversarial_susceptibility": (
+        "The accuracy lost where each input moves a small step against the model: 0 is none, and a rise says "
+        "that predictions hang on less and less."
+    ),
     "weights.spectral_norm.residual": (
         "How far the spectral norms are from exact, relative and squared; 0 where they were decomposed."
     ),
 }
+_BANDS: Final = (
+    "Between which values the elements lie at each step, the line being the median; bands that close on "
+    "the line are a layer that dies, an outer band that runs away from the inner ones is a few elements that "
+    "blow up, magenta holds NaN or infinity."
+)
 _METRIC: Final = "A line a layer, or a line a layer and component; magenta marks hold NaN or infinity."
 _HISTOGRAM: Final = (
     "How the elements are distributed at each step, small values at the bottom; a band that narrows towards "
