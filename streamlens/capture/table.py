@@ -88,9 +88,9 @@ class Sizes:
 
 def _beside(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor on the device of another one, without waiting for it."""
-    if not like.is_cuda:
+    if like.is_cpu:
         return tensor
-    return tensor.pin_memory().to(like.device, non_blocking=True)
+    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)
 
 
 @dataclass(slots=True)
