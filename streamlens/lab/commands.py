@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from streamlens.lab._registry import lookup
+from streamlens.lab.run_commands import export, runs
 
 __all__ = ["app"]
 
@@ -23,6 +24,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(runs, name="runs")
+app.command()(export)
 
 
 class Visualisation(enum.StrEnum):

@@ -112,6 +112,22 @@ class Run:
         with self._reading():
             return list(self._topics())
 
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """The first and the last step of which anything is stored; None while nothing is."""
+        with self.reading() as db:
+            first, last = db.steps([number for number, _ in db.topics().values()])
+        return (first, last) if first <= last else None
+
+    def steps_of(self, topic: str) -> tuple[int, int]:
+        """The first and the last step of a topic.
+
+        Raises:
+            UnknownTopicError: The run has no such topic.
+        """
+        with self.reading() as db:
+            return db.steps([self._topic(topic)])
+
     def layers(self, topic: str) -> list[str]:
         """All layers that frames of a topic have had, in model order.
 
@@ -131,6 +147,16 @@ class Run:
         with self._reading():
             layouts = layouts_of(self._db, self._topic(topic))
         return all(layout.holds_numbers for layout in layouts.values())
+
+    def rolls(self, topic: str) -> bool:
+        """Whether a topic has an envelope: it holds numbers, in each frame of one type and shape.
+
+        Raises:
+            UnknownTopicError: The run has no such topic.
+        """
+        with self._reading():
+            layouts = layouts_of(self._db, self._topic(topic))
+        return all(layout.rolls or not layout.series for layout in layouts.values())
 
     def dataframe(
         self,
@@ -211,7 +237,7 @@ class Run:
         with self._reading():
             number = self._topic(topic)
             known = layouts_of(self._db, number)
-        if not all(layout.rolls or not layout.series for layout in known.values()):
+        if not self.rolls(topic):
             raise ValueError(
                 f"{topic!r} holds more than one kind of numbers a layer, and has no envelope: reduce it, for "
                 "example with norm(), or read it with dataframe()"

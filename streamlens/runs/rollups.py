@@ -11,7 +11,7 @@ every 100 steps does not pay for roll-ups over 10.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from streamlens.runs.codec import Layout, checksum
@@ -19,7 +19,7 @@ from streamlens.runs.rows import FRAMES, layouts_of
 from streamlens.runs.stretches import Stretches, encoded, of_frames, of_rollups
 from streamlens.runs.tidy import checked_row
 
-__all__ = ["LEVELS", "RollUps", "reaches", "read_rollups"]
+__all__ = ["LEVELS", "RollUps", "erase", "reaches", "read_rollups"]
 
 LEVELS: Final = (10, 100, 1000)
 """Steps a stretch."""
@@ -115,11 +115,7 @@ class RollUps:
             ValueError: What is stored is damaged.
         """
         layouts = layouts_of(self._db, topic)
-        for number in layouts:
-            for level in LEVELS:
-                keys = _keys(number, level, first, _LAST_STRETCH * level)
-                if keys is not None:
-                    self._db.execute("DELETE FROM rollups WHERE key BETWEEN ? AND ?", keys)
+        erase(self._db, layouts, first)
         self.forget()
         last: float | None = None
         cursor = self._db.execute(_ORDERED, (topic, first))
@@ -159,6 +155,15 @@ class RollUps:
             return known[1]
         start = stretch * level
         return next(read_rollups(self._db, topic, number, layout, level, start, start), None)
+
+
+def erase(db: sqlite3.Connection, layouts: Iterable[int], first: int = 0) -> None:
+    """Delete the roll-ups of some layouts from a step on that is divisible by all of `LEVELS`."""
+    for number in layouts:
+        for level in LEVELS:
+            keys = _keys(number, level, first, _LAST_STRETCH * level)
+            if keys is not None:
+                db.execute("DELETE FROM rollups WHERE key BETWEEN ? AND ?", keys)
 
 
 def read_rollups(
