@@ -28,8 +28,10 @@ class Freeze(Controller):
     The stream gives one number a layer. Layers freeze where it has been at least `above` in `patience` frames
     on end, as a similarity to an earlier state is, or at most `below`, as an update is:
 
-        lens.pipe(svcca(...)).subscribe(Freeze(above=0.99))      # by similarity
-        lens.pipe(uw_ratio(), ema(0.9)).subscribe(Freeze(below=1e-5))     # by tiny updates
+        # by the similarity of what layers make of a probe with what they made of it 500 steps ago
+        lens.pipe(every(500), svcca(probe, reference="previous")).subscribe(Freeze(above=0.99))
+        # by tiny updates
+        lens.pipe(uw_ratio(), ema(0.9)).subscribe(Freeze(below=1e-5))
 
     A frozen layer gets no update at all: no gradient reaches its optimizer, which leaves the weights, their
     decay, momentum and moments as they are, and goes on from there once the layer is thawed. Parameters

@@ -170,30 +170,36 @@ class Reference:
 
     Args:
         operator: The metric's name, for messages.
-        of: A model, a state dict of one like the observed one, or None for the first that is evaluated.
+        of: A model, a state dict of one like the observed one, None for the first that is evaluated, or
+            `"previous"` for the one evaluated before.
 
     Raises:
         TypeError: It is none of these.
+
+    Attributes:
+        moving: Whether it is the one evaluated before.
     """
 
-    def __init__(self, operator: str, of: nn.Module | Mapping[str, Any] | None) -> None:
+    def __init__(self, operator: str, of: nn.Module | Mapping[str, Any] | str | None) -> None:
         self._operator = operator
+        self.moving = of == "previous" if isinstance(of, str) else False
         self._model: nn.Module | None = None
         self._state: dict[str, Any] | None = None
         if isinstance(of, nn.Module):
             self._model = isolated_copy(of).modules[0]
         elif isinstance(of, Mapping) and of and all(isinstance(key, str) for key in of):
             self._state = {_bare(key): map_tensors(_copied, entry) for key, entry in of.items()}
-        elif of is not None:
+        elif of is not None and not self.moving:
+            got = repr(of) if isinstance(of, str) else type(of).__name__
             raise TypeError(
-                f"{operator}(reference=...) takes a model, or a state dict of one (model.state_dict()), got "
-                f"{type(of).__name__}"
+                f"{operator}(reference=...) takes a model, a state dict of one (model.state_dict()), or "
+                f"'previous', got {got}"
             )
 
     @property
     def given(self) -> bool:
         """Whether there is one, and it is not the first that is evaluated."""
-        return self._model is not None or self._state is not None
+        return self.moving or self._model is not None or self._state is not None
 
     def check(self, model: nn.Module) -> None:
         """Raise where a model cannot take the state.
@@ -286,12 +292,15 @@ class RepresentationNode(ModelNode):
         return kept
 
     def now_and_then(self, model: nn.Module) -> tuple[Kept, Kept]:
-        """What is kept of the layers of the model as it is, and of the reference.
+        """What is kept of the layers of the model as it is, and of the reference, of which there may be none.
 
         Args:
             model: The observed model.
         """
         now = self.taken(isolated_copy(model).modules[0])
+        if self._start.moving:
+            before, self._reference = self._reference, now
+            return now, before or {}
         if self._reference is None:
             start = self._start.model_like(model)
             self._reference = now if start is None else self.taken(start)

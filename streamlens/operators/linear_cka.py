@@ -36,7 +36,7 @@ def linear_cka(
     probe: Any,
     *,
     between: Between = "checkpoints",
-    reference: nn.Module | Mapping[str, Any] | None = None,
+    reference: nn.Module | Mapping[str, Any] | Literal["previous"] | None = None,
     places: Places = "flatten",
     unit_dim: int | None = None,
     max_rows: int | None = 4096,
@@ -58,7 +58,8 @@ def linear_cka(
     - `between="checkpoints"`: each layer with an earlier checkpoint of itself. The result is topic
       `linear_cka`, float32 in [0, 1] a layer. The checkpoint is `reference`: a model, or the state dict of an
       earlier state of this one, both copied when this is called; unless given, the model as it is at the
-      first evaluation, whose own value is 1. What it comes to is part of the saved state.
+      first evaluation, whose own value is 1; with `"previous"`, the model at the evaluation before. What it
+      comes to is part of the saved state.
     - `between="layers"`: each layer with every other. The result is topic `linear_cka.layers`, (layers,
       layers) of float32, with the layers' names as components. With `reference`, which may be
       another architecture, columns are the layers of that.
@@ -75,7 +76,7 @@ def linear_cka(
     Args:
         probe: The inputs: a tensor, a tuple of arguments or a mapping of named ones, without labels.
         between: What is compared.
-        reference: The checkpoint, or the other model.
+        reference: The checkpoint, or the other model; `"previous"` is the one at the evaluation before.
         places: What becomes of pixels and tokens: `"flatten"`, each is a unit of its own and examples are
             the data points, as in the paper; `"mean"` over those of an example; `"each"` is a data point.
         unit_dim: As for `svcca`.
@@ -87,7 +88,7 @@ def linear_cka(
         The operator.
 
     Raises:
-        TypeError: The probe has no tensors, or the reference is neither a model nor a state dict.
+        TypeError: The probe has no tensors, or the reference is none of those.
         ValueError: An option out of range, or layers that are compared place by place.
         StreamlensError: When applied: as for `svcca`.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ __all__ = ["svcca"]
 def svcca(
     probe: Any,
     *,
-    reference: nn.Module | Mapping[str, Any] | None = None,
+    reference: nn.Module | Mapping[str, Any] | Literal["previous"] | None = None,
     share: float = 0.99,
     places: Places = "each",
     unit_dim: int | None = None,
@@ -47,8 +47,9 @@ def svcca(
     the basis, and it is reached from the first layers on as training converges (the same, section 4.2).
 
     The checkpoint is `reference`: a model, or the state dict of an earlier state of this one, both copied
-    when this is called; unless given, the model as it is at the first evaluation, whose own value is 1. What
-    it comes to is part of the saved state, and survives a resume.
+    when this is called; unless given, the model as it is at the first evaluation, whose own value is 1. With
+    `"previous"` it is the model at the evaluation before: the number tells whether a layer has come to rest,
+    and the first evaluation gives none. What it comes to is part of the saved state, and survives a resume.
 
     Used as `lens.pipe(every(500), svcca(inputs))`: due at each update of the lens's cadence, or at each frame
     of another stream, once a step. Layers are those of `activations`; `layers()` in front chooses. The model
@@ -69,7 +70,7 @@ def svcca(
 
     Args:
         probe: The inputs: a tensor, a tuple of arguments or a mapping of named ones, without labels.
-        reference: The checkpoint.
+        reference: The checkpoint: a model, a state dict, or `"previous"`.
         share: Of the variance, above 0 and at most 1; with 1 this is CCA of all that is above rounding.
         places: What becomes of pixels and tokens: `"each"` is a data point; `"mean"` over those of an
             example; `"flatten"`, each is a unit of its own.
@@ -83,7 +84,7 @@ def svcca(
         The operator.
 
     Raises:
-        TypeError: The probe has no tensors, or the reference is neither a model nor a state dict.
+        TypeError: The probe has no tensors, or the reference is none of those.
         ValueError: An option out of range.
         StreamlensError: When applied: no model is known, it does not take the probe or is sharded, or the
             reference lacks parameters of it.

@@ -70,6 +70,22 @@ def test_by_tiny_updates_and_thawed_after_some_steps() -> None:
     assert second == "Freeze resumed updates of 0: 3 steps have passed"
 
 
+def test_by_similarity_of_what_layers_make_of_a_probe() -> None:
+    model, probe = small_model(), torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    groups: list[dict[str, Any]] = [{"params": list(model[0].parameters()), "lr": 1e-7}]
+    optimizer = torch.optim.SGD([*groups, {"params": list(model[2].parameters())}], lr=3.0)
+    similarity: list[dict[str, float]] = []
+    with sl.observe(model, on_error="raise") as lens:
+        controller = Freeze(above=0.9999, patience=2)
+        # Of two units of three: of all of them the head would span the same space at every step.
+        alike = lens.pipe(sl.every(2), sl.svcca(probe, share=0.9, reference="previous"))
+        alike.subscribe(lambda frame: similarity.append(frame.to_dict()))
+        alike.subscribe(controller)
+        list(steps_of(model, optimizer, 7))
+        assert controller.frozen == {"0": 4}
+    assert [numbers["0"] > 0.9999 for numbers in similarity] == [True] * 3
+
+
 def test_groups_schedulers_and_the_state_of_the_optimizer_see_no_difference() -> None:
     model, other = small_model(), small_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)

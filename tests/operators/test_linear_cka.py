@@ -152,20 +152,22 @@ def test_what_does_not_vary_or_is_not_finite_is_nan_and_so_are_layers_of_other_l
     assert torch.as_tensor(frame.values).isnan().tolist() == [[False, True], [True, False]]
 
 
+@pytest.mark.parametrize("reference", [None, "previous"])
 @pytest.mark.parametrize("between", ["checkpoints", "layers"])
-def test_a_resumed_run_is_compared_with_the_same_checkpoint(between: Any) -> None:
+def test_a_resumed_run_is_compared_with_the_same_checkpoint(between: Any, reference: Any) -> None:
     model, x = net(), probe()
 
     move = moving(model)
 
     def operator() -> Any:
-        return chained(move, linear_cka(x, between=between, model=model))
+        return chained(move, linear_cka(x, between=between, reference=reference, model=model))
 
     frames = [when(k) for k in range(4)]
     wanted = [torch.as_tensor(f.values) for f in run_frames(operator(), frames)]
     got = [torch.as_tensor(f.values) for f in resumed(operator, frames, 2)]
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert not torch.equal(wanted[3], wanted[0])
+    assert len(wanted) == (4 if reference is None else 3)
+    assert not torch.equal(wanted[-1], wanted[0])
 
 
 def test_the_model_is_as_it_was_bit_by_bit_also_its_batch_norm() -> None:

@@ -159,6 +159,24 @@ def test_the_reference_is_the_first_evaluation_unless_given() -> None:
     assert float(got[2]["1"]) < 0.9999
 
 
+def test_with_previous_each_evaluation_is_compared_with_the_one_before() -> None:
+    model, x = net(), probe()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept: list[dict[str, Tensor]] = []
+    with observed(model) as lens:
+        got = record(lens, sl.every(2), svcca(x, reference="previous"))
+        for _ in range(7):
+            optimizer.zero_grad()
+            model(x).square().sum().sqrt().backward()
+            optimizer.step()
+            kept.append(outputs_of(copy.deepcopy(model), x))
+    assert [f.step for f in got] == [2, 4, 6]
+    for frame in got:
+        for name, value in frame.items():
+            wanted = by_numpy(kept[frame.step][name].numpy(), kept[frame.step - 2][name].numpy())
+            assert float(value) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_state_dict_is_copied_when_it_is_given() -> None:
     model, x = net(), probe()
     operator = svcca(x, model=model, reference=model.state_dict())
@@ -271,19 +289,20 @@ def test_a_layer_that_cannot_be_compared_is_left_out_and_said_once() -> None:
     assert "neither examples nor units" in str(reports[0].error)
 
 
-def test_a_resumed_run_is_compared_with_the_same_checkpoint() -> None:
+@pytest.mark.parametrize("reference", [None, "previous"])
+def test_a_resumed_run_is_compared_with_the_same_checkpoint(reference: Any) -> None:
     model, x = net(), probe()
 
     move = moving(model)
 
     def operator() -> Any:
-        return chained(move, svcca(x, model=model))
+        return chained(move, svcca(x, model=model, reference=reference))
 
     frames = [when(k) for k in range(5)]
     wanted = [f.to_dict() for f in run_frames(operator(), frames)]
     for at in (1, 3):
         assert [f.to_dict() for f in resumed(operator, frames, at)] == wanted
-    assert wanted[4]["0"] < 0.99
+    assert wanted[-1]["0"] < 0.99
 
 
 def test_a_probe_that_is_changed_later_stays_what_it_was() -> None:
@@ -305,6 +324,7 @@ def test_a_probe_that_is_changed_later_stays_what_it_was() -> None:
         ({"max_rows": 1}, ValueError, "max_rows=1"),
         ({"forward": 3}, TypeError, "forward=3"),
         ({"reference": 3}, TypeError, r"reference=.*model\.state_dict\(\).*got int"),
+        ({"reference": "last"}, TypeError, r"reference=.*'previous', got 'last'"),
         ({"probe": "x"}, TypeError, "takes a probe.*got str"),
     ],
 )
