@@ -25,6 +25,9 @@ RULES: dict[str, Make] = {
     "dead_units, soon": lambda lens: (sl.dead_units(share=0.1, **SOON),),
     "diverging, soon": lambda lens: (sl.diverging(rise=0.01, **SOON),),
     "exploding_gradients, soon": lambda lens: (sl.exploding_gradients(factor=1.1, above=0.2, **SOON),),
+    "layer_oversized, soon": lambda lens: (
+        sl.layer_oversized(below=0.9, rank=1.01, window=3, start=(2, 3), end=1),
+    ),
     "learning_rate_too_high, soon": lambda lens: (
         sl.learning_rate_too_high(above=1e-3, at_once=2e-3, fall=0.9, **SOON),
     ),
