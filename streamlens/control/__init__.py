@@ -8,6 +8,7 @@ from streamlens.control.decision import Decision
 from streamlens.control.fixed_ratio import FixedRatio
 from streamlens.control.freeze import Freeze
 from streamlens.control.gradients import GradientController
+from streamlens.control.noise_scale_batch import NoiseScaleBatch
 from streamlens.control.ratio_lr import RatioLR
 from streamlens.control.reduce_on_plateau import ReduceOnPlateau
 from streamlens.control.rollback import Rollback
@@ -25,6 +26,7 @@ __all__ = [
     "FixedRatio",
     "Freeze",
     "GradientController",
+    "NoiseScaleBatch",
     "RatioLR",
     "ReduceOnPlateau",
     "Rollback",
