@@ -10,12 +10,17 @@ from torch import nn
 
 from streamlens.errors import LayerNotFoundError, did_you_mean
 
-__all__ = ["LayerSelector", "module_depth"]
+__all__ = ["LayerSelector", "module_depth", "taken_by_default"]
 
 
 def module_depth(name: str) -> int:
     """Depth of a module in the tree: 0 for the model itself."""
     return 0 if not name else name.count(".") + 1
+
+
+def taken_by_default(module: nn.Module) -> bool:
+    """Whether a module's activations are taken by default: leaves, and owners of parameters."""
+    return next(module.children(), None) is None or any(p is not None for p in module._parameters.values())
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,13 @@ class LayerSelector:
         classes: Module classes, any of which may match.
         depth: -1 for the leaves, 0 for the model itself, d for the modules at depth d and the
             leaves above it; None for any.
+        without: Where given, the layers are those taken by default but for these classes.
     """
 
     globs: tuple[str, ...] = ()
     classes: tuple[type[nn.Module], ...] = ()
     depth: int | None = None
+    without: tuple[type[nn.Module], ...] = ()
 
     def matches_name(self, name: str) -> bool:
         """Whether a name matches one of the globs."""
@@ -39,6 +46,8 @@ class LayerSelector:
 
     def matches_module(self, name: str, module: nn.Module) -> bool:
         """Whether a module is selected."""
+        if self.without and (isinstance(module, self.without) or not taken_by_default(module)):
+            return False
         if self.depth is not None:
             deep = module_depth(name)
             leaf = next(module.children(), None) is None
@@ -64,4 +73,6 @@ class LayerSelector:
     def describe(self) -> str:
         """The selector's arguments as written."""
         parts = [repr(glob) for glob in self.globs] + [c.__name__ for c in self.classes]
+        if self.without:
+            parts.append(f"without {', '.join(c.__name__ for c in self.without)}")
         return ", ".join(parts + ([f"depth={self.depth}"] if self.depth is not None else []))

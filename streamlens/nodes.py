@@ -215,7 +215,7 @@ class _StepMean(Node):
         return None
 
     def on_mark(self, mark: Mark) -> Emitted:
-        if mark.kind is MarkKind.EPOCH:
+        if not self._pending or mark.kind is MarkKind.EPOCH:
             return None
         due = [key for key, sums in self._pending.items() if sums.last.step <= mark.step]
         return [self._pending.pop(key).mean() for key in due]

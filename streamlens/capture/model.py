@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from streamlens.capture.copies import Copy
 from streamlens.capture.sharded import WHOLE, Part, fsdp_parameters, known_part_of, local
 from streamlens.errors import LayerNotFoundError, did_you_mean
-from streamlens.layers import LayerSelector
+from streamlens.layers import LayerSelector, taken_by_default
 from streamlens.topics import Phase, TopicSpec
 
 __all__ = ["ModelIndex", "ParameterEntry", "clean_name"]
@@ -205,12 +205,7 @@ class ModelIndex:
 
     def default_modules(self) -> list[str]:
         """The modules whose activations are taken by default: leaves, and owners of parameters."""
-        return [
-            name
-            for name, module in self.modules.items()
-            if next(module.children(), None) is None
-            or any(p is not None for p in module._parameters.values())
-        ]
+        return [name for name, module in self.modules.items() if taken_by_default(module)]
 
     def resolve(self, spec: TopicSpec, selectors: Iterable[LayerSelector]) -> frozenset[str] | None:
         """The layer keys that selectors select in a topic; None for all.

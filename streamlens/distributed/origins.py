@@ -15,7 +15,7 @@ from streamlens.capture.exchange import Alone
 from streamlens.capture.sharded import Part
 from streamlens.capture.table import Rows
 from streamlens.distributed.layout import Item
-from streamlens.reductions import Statistic, double_where_known
+from streamlens.reductions import Reduction, Statistic, double_where_known
 from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
 
 __all__ = ["OneRank", "Origins"]
@@ -84,7 +84,7 @@ class Origins:
         marks: list[Tensor] = []
         for item in items:
             rows = item.rows
-            if not isinstance(rows.what, tuple) or not rows.what:
+            if not (rows.what if isinstance(rows.what, tuple) else rows.what.tells_finite):
                 continue
             if double_where_known(rows.values.device) is not torch.float64:
                 return None
@@ -101,10 +101,12 @@ class Origins:
         rows = Rows((), tuple(seen), marked[None])
         return Item(items[0].label + _ORIGINS, None, rows, names, parts, open=items[0].open)
 
-    def _marks(self, statistics: tuple[Statistic, ...], values: Tensor) -> Tensor:
+    def _marks(self, what: tuple[Statistic, ...] | Reduction, values: Tensor) -> Tensor:
+        if isinstance(what, Reduction):
+            return (~values.isfinite().all(0)).to(torch.float64) * self._code
         bad = ~values[:-1].isfinite().all(0)
-        if _NONFINITE in statistics:
-            bad |= values[statistics.index(_NONFINITE)] > 0
+        if _NONFINITE in what:
+            bad |= values[what.index(_NONFINITE)] > 0
         # A part without elements has no extremes, which is not to say that they are not finite.
         return (bad & (values[-1] > 0)).to(torch.float64) * self._code
 

@@ -25,6 +25,8 @@ class Reduction:
     statistics: ClassVar[tuple[Statistic, ...]] = ()
     adds: ClassVar[bool] = False
     """Whether `merge` adds up, so that parts need not be kept apart on the way."""
+    tells_finite: ClassVar[bool] = False
+    """Whether the value of `reduce` is finite exactly where what it looks at is."""
     components: tuple[str, ...] = ()
 
     @property

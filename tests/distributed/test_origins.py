@@ -10,6 +10,8 @@ from streamlens.capture.sharded import Part
 from streamlens.capture.table import Rows
 from streamlens.distributed.layout import Item
 from streamlens.distributed.origins import OneRank, Origins
+from streamlens.operators._finite import FiniteProbe
+from streamlens.operators._units import DeadFraction
 from streamlens.reductions import Statistic
 
 SUM, SQUARES, BAD = Statistic("sum"), Statistic("sum_of_squares"), Statistic("nonfinite")
@@ -85,6 +87,14 @@ def test_numbers_that_were_counted_are_told_though_the_count_is_finite() -> None
     assert item.rows.values.tolist() == [[0.0, 1.0, 1.0]]
     assert (item.names, item.parts) == (both[0].names, both[0].parts)
     assert Origins(0, 2).item([]) is None
+
+
+def test_a_reduction_that_tells_what_is_finite_names_ranks_and_any_other_does_not() -> None:
+    values = torch.tensor([[0.0, torch.nan, 0.0]])
+    item = Origins(1, 2).item([item_of(1, 2, values, label="activations/0/1", what=FiniteProbe())])
+    assert item is not None
+    assert item.rows.values.tolist() == [[0.0, 2.0, 0.0]]
+    assert Origins(1, 2).item([item_of(1, 2, values, label="activations", what=DeadFraction())]) is None
 
 
 def test_what_is_long_past_is_forgotten() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from reactivex import Observable
 
@@ -15,7 +15,7 @@ from streamlens.operators._base import checked_source
 from streamlens.operators._merge import merged
 from streamlens.operators.alerts._inputs import Input, Key, found_on, plain_ways
 from streamlens.operators.alerts._node import RulesNode
-from streamlens.operators.alerts._rule import Rule
+from streamlens.operators.alerts._rule import Pace, Rule, cadence_at
 from streamlens.stream import Operator, Stream
 
 __all__ = ["alerts_of"]
@@ -61,15 +61,16 @@ def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[
     for rule in rules:
         for entry in rule.inputs():
             asked.setdefault(entry.key, _Asked(entry)).add(rule, entry, lenient=lenient)
-    found: dict[Key, Stream] = {}
+    found: dict[Key, list[Stream]] = {}
     for key, wish in asked.items():
-        narrowed = lens.narrow(every=wish.every, expected=wish.needed and not lenient)
-        stream = found_on(narrowed, wish.entry, compute=wish.compute)
-        if stream is not None:
-            found[key] = stream
+        for every, between in wish.spans():
+            narrowed = lens.narrow(every=every, between=between, expected=wish.needed and not lenient)
+            stream = found_on(narrowed, wish.entry, compute=wish.compute)
+            if stream is not None:
+                found.setdefault(key, []).append(stream)
     left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens))}
     kept = {entry.key for rule in rules if rule.name not in left_out for entry in rule.inputs()}
-    return [stream for key, stream in found.items() if key in kept], left_out
+    return [stream for key, streams in found.items() if key in kept for stream in streams], left_out
 
 
 class _Asked:
@@ -77,18 +78,33 @@ class _Asked:
 
     def __init__(self, entry: Input) -> None:
         self.entry = entry
-        self.every = 0
+        self.paces: set[Pace] = set()
         self.needed = False
         self.compute = False
 
     def add(self, rule: Rule, entry: Input, *, lenient: bool) -> None:
         """A rule wants it too."""
-        self.every = math.gcd(self.every, rule.cadence(entry))
+        self.paces.add(rule.pace(entry))
         self.needed = self.needed or entry.needed
         self.compute = self.compute or rule.cheap or not lenient
 
+    def spans(self) -> Iterator[tuple[int, tuple[int, int | None] | None]]:
+        """At which cadence it is asked for between which steps."""
+        starts = sorted({start for pace in self.paces for start, _ in pace})
+        shared: list[tuple[int, int]] = []
+        for start in starts:
+            every = math.gcd(*(cadence_at(pace, start) for pace in self.paces))
+            if not shared or shared[-1][1] != every:
+                shared.append((start, every))
+        if len(shared) == 1:
+            yield shared[0][1], None
+            return
+        stops = [start for start, _ in shared[1:]]
+        for (start, every), stop in zip(shared, [*stops, None], strict=True):
+            yield every, (start, stop)
 
-def _lacks(rule: Rule, found: dict[Key, Stream], lens: Lens) -> str:
+
+def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
     """What a rule cannot do without and lacks; empty if nothing."""
     needed = [entry for entry in rule.inputs() if entry.needed]
     missing = [entry for entry in needed if entry.key not in found]

@@ -11,19 +11,22 @@ from torch import nn
 
 from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError, UnmergeableError
 from streamlens.frame import Frame
+from streamlens.layers import LayerSelector
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
+from streamlens.operators._finite import FiniteProbe
 from streamlens.operators.align import combine
 from streamlens.operators.dead_fraction import dead_fraction
 from streamlens.operators.per_step import per_step
 from streamlens.operators.ratio import divided, uw_ratio
 from streamlens.operators.selection import LayerPick, between, layers, topic
-from streamlens.operators.statistics import norm, std
+from streamlens.operators.statistics import norm, reduction_operator, std
 from streamlens.operators.unit_saturation import unit_saturation
 from streamlens.stream import Operator, Stream
 
 __all__ = [
     "ACTIVATION_NORMS",
+    "ACTIVATION_PROBES",
     "DEAD_SHARES",
     "EACH_LOSS",
     "FIRST_ACTIVATION_STDS",
@@ -109,12 +112,39 @@ LOSS: Final = Input(
 EACH_LOSS: Final = Input("loss", LOSS.build, remedy=LOSS.remedy)
 """The loss of each micro-step, as soon as it is there."""
 ACTIVATION_NORMS: Final = Input("activations.norm2", lambda: norm("activations"))
+ACTIVATION_PROBES: Final = Input(ACTIVATION_NORMS.name, lambda: _probed)
+"""What stands for them where it only matters whether they are finite."""
 FIRST_ACTIVATION_STDS: Final = Input(
     "activations.std", lambda: chained(between(0, 1), std("activations")), micro_steps=True
 )
 FIRST_BACKWARD_NORMS: Final = Input(
     "layer_gradients.norm2", lambda: chained(between(0, 1), norm("layer_gradients")), micro_steps=True
 )
+
+
+_HARMLESS: Final = (
+    nn.Identity,
+    nn.Flatten,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+"""Modules whose output is finite where their input is: they are no first layer."""
+
+
+def _probed(source: Observable[Frame]) -> Observable[Frame]:
+    """Whether outputs are finite, of the modules that may be the first whose is not."""
+    if isinstance(source, Lens):
+        source = source.narrow(layers=LayerSelector(without=_HARMLESS))
+    return reduction_operator(FiniteProbe(), "activations", "finite_probe")(source)
 
 
 def _with_gradient(source: Observable[Frame]) -> Stream:

@@ -15,7 +15,7 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind, to_numpy
 from streamlens.nodes import Emitted, Node
 from streamlens.operators.alerts._hysteresis import Hysteresis
-from streamlens.operators.alerts._rule import Judge, Look, Rule, Verdict
+from streamlens.operators.alerts._rule import Judge, Look, Pace, Rule, Verdict, cadence_at
 from streamlens.runtime import Runtime
 
 __all__ = ["RulesNode"]
@@ -126,10 +126,10 @@ class RulesNode(Node):
         self._runtime = runtime
         self._rules = rules
         self._left_out = left_out
-        self._routes: dict[str, list[tuple[int, int, bool]]] = {}
+        self._routes: dict[str, list[tuple[int, Pace, bool]]] = {}
         for i, rule in enumerate(rules):
             for entry in rule.inputs():
-                self._routes.setdefault(entry.name, []).append((i, rule.cadence(entry), entry.micro_steps))
+                self._routes.setdefault(entry.name, []).append((i, rule.pace(entry), entry.micro_steps))
         self._watches: dict[str, list[_Watch]] = {}
         self._seen: dict[tuple[str, str, Kind], tuple[int, int, frozenset[str]]] = {}
         self._arriving: deque[tuple[Burst, Ticket]] = deque()
@@ -196,8 +196,8 @@ class RulesNode(Node):
         if watches is None:
             watches = self._watches[frame.source] = [_Watch(rule, self._runtime) for rule in self._rules]
         alerts: list[Frame] = []
-        for i, every, averaged in self._routes[frame.topic]:
-            if frame.kind is not Kind.EVENT and frame.step % every:
+        for i, pace, averaged in self._routes[frame.topic]:
+            if frame.kind is not Kind.EVENT and frame.step % cadence_at(pace, frame.step):
                 continue
             if averaged and frame.kind is Kind.MICRO_STEP:
                 # Its mean over the step follows.

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from streamlens.operators.alerts._inputs import Input
     from streamlens.stream import Stream
 
-__all__ = ["Judge", "Look", "Rule", "Severity", "Verdict", "called", "number"]
+__all__ = ["Judge", "Look", "Pace", "Rule", "Severity", "Verdict", "cadence_at", "called", "number"]
 
 Severity: TypeAlias = Literal["info", "warning", "critical"]
+
+Pace: TypeAlias = tuple[tuple[int, int], ...]
+"""Cadences, each with the step from which it holds; the first holds from 0 on."""
 
 _MOST_NAMED: Final = 4
 """Layers that a sentence names."""
@@ -95,11 +98,14 @@ class Rule:
         every: Looks at steps divisible by this.
         start: `(n, m)`: an alert starts once n of the last m looks were bad.
         end: It ends after as many good looks in a row.
+        later: `(step, every)`: from a step on it looks as seldom as that, as `health` has it where looks
+            are dear; trouble mostly begins at the beginning.
     """
 
     every: int
     start: tuple[int, int]
     end: int
+    later: tuple[int, int] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = ""
     severity: ClassVar[Severity] = "warning"
@@ -133,9 +139,14 @@ class Rule:
         """What the rule looks at."""
         raise NotImplementedError
 
-    def cadence(self, entry: Input) -> int:
-        """At which steps one of them is looked at: those divisible by this."""
-        return self.every
+    def cadence(self, entry: Input, every: int) -> int:
+        """At which steps one of them is looked at, by a rule that looks at every so many: the divisor."""
+        return every
+
+    def pace(self, entry: Input) -> Pace:
+        """From which step on which cadence holds for one of them."""
+        paces = [(0, self.every)] + ([] if self.later is None else [self.later])
+        return tuple((start, self.cadence(entry, every)) for start, every in paces)
 
     def judge(self) -> Judge:
         """The memory of a new subscription."""
@@ -208,6 +219,11 @@ class Rule:
         parts = [f"{called(verdict.layers[i])} ({number(verdict.values[i])})" for i in index]
         more = len(parts) - _MOST_NAMED
         return ", ".join(parts[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def cadence_at(pace: Pace, step: int) -> int:
+    """The cadence that holds at a step."""
+    return next(every for start, every in reversed(pace) if start <= step)
 
 
 def called(layer: str) -> str:

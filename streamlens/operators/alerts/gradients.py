@@ -165,9 +165,9 @@ class _ExplodingGradients(Rule):
     def inputs(self) -> tuple[Input, ...]:
         return (_WEIGHTS, GRADIENT_NORMS)
 
-    def cadence(self, entry: Input) -> int:
+    def cadence(self, entry: Input, every: int) -> int:
         # Weights change slowly: their norm of some steps ago will do.
-        return 10 * self.every if entry is _WEIGHTS else self.every
+        return 10 * every if entry is _WEIGHTS else every
 
     def judge(self) -> Judge:
         return _Exploding(self.factor, self.floor, self.above)

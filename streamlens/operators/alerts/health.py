@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from reactivex import Observable
@@ -25,10 +26,13 @@ from streamlens.stream import Operator
 
 __all__ = ["RULES", "health"]
 
+_LATER: Final = (100, 20)
+"""What is made of updates is looked at every tenth step at first, from this step on at every twentieth."""
+
 RULES: Final[Sequence[Callable[[], Rule]]] = (
-    nonfinite_values,
+    lambda: nonfinite_values(thorough=False),
     poor_initialisation,
-    exploding_gradients,
+    lambda: replace(exploding_gradients(), later=(10, 10)),
     vanishing_gradients,
     diverging,
     loss_spike,
@@ -36,14 +40,18 @@ RULES: Final[Sequence[Callable[[], Rule]]] = (
     overfitting,
     dead_units,
     saturated_units,
-    ratio_out_of_band,
-    unchanged_weights,
-    learning_rate_too_high,
-    learning_rate_too_low,
+    lambda: replace(ratio_out_of_band(), later=_LATER),
+    lambda: replace(unchanged_weights(), later=_LATER),
+    lambda: replace(learning_rate_too_high(), later=_LATER),
+    lambda: replace(learning_rate_too_low(), later=_LATER),
     layer_oversized,
     layer_undersized,
 )
-"""The default set, in the order in which their alerts of one frame come."""
+"""The default set, in the order in which their alerts of one frame come.
+
+What is dear (a pass over all gradients; a copy of all weights, and the update made of it) is looked at
+as seldom as the delays of `docs/alerts.md` allow.
+"""
 
 
 def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
@@ -56,12 +64,14 @@ def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
     number, or a lower and an upper one) and `text`, the sentence; at the end also `since`, the step at
     which it started.
 
-    On a Lens each thing that several rules look at is captured once, at the cadence they need: losses,
-    outputs and gradients at every step, the rest at every tenth. A rule for which a run has nothing
-    (no loss is watched, no accuracy emitted, no ReLU there) is left out, and `lens.explain()` says which
-    and why. On a stream of frames, such as a stored run's, rules look at the topics that come. What they cost
-    is in `benchmarks/README.md`, how well they work in `docs/alerts.md`. Values on a GPU are judged when
-    their copy has arrived, without waiting.
+    On a Lens each thing that several rules look at is captured once, at the cadence they need: losses, and
+    a sample of outputs, at every step; units at every tenth; gradients too, and at each of the first ten;
+    updates at every tenth up to step 100 and at every twentieth from there on. Rules that are given keep
+    cadences of their own: `health(nonfinite_values(), exploding_gradients())` reads all outputs and
+    gradients at every step. A rule for which a run has nothing (no loss is watched, no accuracy emitted, no
+    ReLU there) is left out, and `lens.explain()` says which and why. On a stream of frames, such as a stored
+    run's, rules look at the topics that come. What they cost is in `benchmarks/README.md`, how well they work
+    in `docs/alerts.md`. Values on a GPU are judged when their copy has arrived, without waiting.
 
     Args:
         *rules: Rules with other thresholds, in place of the default ones of the same name, or beside

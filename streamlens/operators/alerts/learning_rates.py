@@ -94,8 +94,8 @@ class _TooHigh(Rule):
     def inputs(self) -> tuple[Input, ...]:
         return (_LOSS, UPDATE_RATIO)
 
-    def cadence(self, entry: Input) -> int:
-        return 1 if entry is _LOSS else self.every
+    def cadence(self, entry: Input, every: int) -> int:
+        return 1 if entry is _LOSS else every
 
     def judge(self) -> Judge:
         return _High(self.above, self.at_once, self.fall)
@@ -168,8 +168,8 @@ class _TooLow(Rule):
     def inputs(self) -> tuple[Input, ...]:
         return (_LOSS, UPDATE_RATIO)
 
-    def cadence(self, entry: Input) -> int:
-        return 1 if entry is _LOSS else self.every
+    def cadence(self, entry: Input, every: int) -> int:
+        return 1 if entry is _LOSS else every
 
     def judge(self) -> Judge:
         return _Low(self.below, self.fall)

@@ -120,9 +120,9 @@ class _Sized(Rule):
     def inputs(self) -> tuple[Input, ...]:
         return (_RANK, _saturation_over(self.window))
 
-    def cadence(self, entry: Input) -> int:
+    def cadence(self, entry: Input, every: int) -> int:
         # Windows end at steps of their own; a decomposition of the weights is dear, and one for each will do.
-        return self.window if entry is _RANK else self.every
+        return self.window if entry is _RANK else every
 
     def check(self) -> None:
         self.check_count(window=self.window)

@@ -130,7 +130,10 @@ def test_each_topic_and_reduction_is_captured_once_at_the_cadence_it_needs(net: 
     lens.pipe(sl.health()).subscribe(lambda _: None)
     captured = {line.split(",")[0].strip() for line in lens.explain().split("captured\n")[1].splitlines()}
     assert "weight_gradients norm2" in captured
-    assert all("every 10 steps" in line for line in lens.explain().splitlines() if "weight_updates" in line)
+    updates = [d.view for d in lens.engine.demands if d.view.topics == ("weight_updates",)]
+    assert {(view.every, view.start, view.stop) for view in updates} == {(10, 0, 100), (20, 100, None)}
+    gradients = [d.view for d in lens.engine.demands if d.view.topics == ("weight_gradients",)]
+    assert {(view.every, view.start, view.stop) for view in gradients} == {(1, 0, 10), (10, 10, None)}
     views = [(d.view.topics, d.view.reduction, d.view.every) for d in lens.engine.demands]
     several = {view for view in views if views.count(view) > 1}
     # The ratio is a chain of its own, and shares its norms with the other rules in the engine; losses
