@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,13 @@ CASES: dict[str, list[Case]] = {
             lambda **o: control.ReduceOnPlateau(patience=1, factor=0.5, **o),
             _number(),
             emitted=lambda step: 1.0 / (1 + step // 3),
+        )
+    ],
+    "Rollback": [
+        Case(
+            lambda **o: control.Rollback(every=2, confirm=1, factor=0.5, **o),
+            _number(),
+            emitted=lambda step: math.nan if step in (4, 7) else 1.0,
         )
     ],
     "SetRate": [Case(control.SetRate, (control.scheduled(control.ExponentialDecay(0.5, 0.5)),))],
