@@ -175,6 +175,7 @@ def test_importing_streamlens_needs_no_optional_package() -> None:
         "sklearn",
         "joblib",
         "vl_convert",
+        "matplotlib",
         "pyarrow",
         "pytorch_lightning",
         "transformers",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from streamlens.sinks.console import Console
     from streamlens.sinks.csv import CSV
     from streamlens.sinks.json_lines import JSONLines
+    from streamlens.sinks.matplotlib import Matplotlib
     from streamlens.sinks.parquet import Parquet
     from streamlens.sinks.run_store import RunStore
     from streamlens.sinks.table import Table
@@ -24,6 +25,7 @@ __all__ = [
     "Callback",
     "Console",
     "JSONLines",
+    "Matplotlib",
     "Parquet",
     "RunStore",
     "Table",
@@ -36,6 +38,7 @@ _HOMES: Final = {
     "Callback": "streamlens.sinks.callback",
     "Console": "streamlens.sinks.console",
     "JSONLines": "streamlens.sinks.json_lines",
+    "Matplotlib": "streamlens.sinks.matplotlib",
     "Parquet": "streamlens.sinks.parquet",
     "RunStore": "streamlens.sinks.run_store",
     "Table": "streamlens.sinks.table",

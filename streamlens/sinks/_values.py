@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamlens.frame import Frame, to_numpy
+from streamlens.reductions import bin_edges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["host_values", "number_cells", "stacked_values"]
+__all__ = ["drawn_edges", "host_values", "number_cells", "stacked_values"]
 
 
 def stacked_values(frame: Frame) -> NDArray[Any]:
@@ -30,6 +31,25 @@ def host_values(frame: Frame) -> Iterator[tuple[str, NDArray[Any]]]:
     # One conversion a frame: iterating over a NumPy array is cheap, over a tensor it is not.
     array = stacked_values(frame)
     yield from ((layer, np.asarray(array[i])) for i, layer in enumerate(frame.layers))
+
+
+def drawn_edges(components: tuple[str, ...]) -> NDArray[np.float64] | None:
+    """The lower and upper edges by which a histogram's bins are drawn.
+
+    Args:
+        components: A frame's components.
+
+    Returns:
+        One row a bin, without those of both infinities and NaN: the first and the last two. Intervals
+        without an end are as wide as their neighbours. None if the components are no bins.
+    """
+    found = bin_edges(components)
+    if found is None:
+        return None
+    edges = np.array(found)[1:-2]
+    edges[0, 0] = edges[0, 1] - np.diff(edges[1])[0]
+    edges[-1, 1] = edges[-1, 0] + np.diff(edges[-2])[0]
+    return edges
 
 
 def number_cells(frame: Frame) -> Iterator[tuple[str, str, float | int | NDArray[Any]]]:

@@ -14,7 +14,7 @@ from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
 from streamlens.sinks._names import ANY_TEXT
-from streamlens.sinks._values import host_values, stacked_values
+from streamlens.sinks._values import drawn_edges, host_values, stacked_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,9 +165,9 @@ class TensorBoard(Sink):
         if value.ndim == 0:
             summary.value.add(tag=tag, simple_value=float(value))
         elif value.ndim == 1 and len(value) == len(frame.components):
-            edges = bin_edges(frame.components)
+            edges = drawn_edges(frame.components)
             if edges is not None:
-                self._add_counts(summary, frame, layer, np.array(edges), value.astype(np.float64))
+                self._add_counts(summary, frame, layer, edges, value.astype(np.float64))
                 return
             for name, number in zip(frame.components, value.tolist(), strict=True):
                 summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, name), simple_value=number)
@@ -185,10 +185,7 @@ class TensorBoard(Sink):
     ) -> None:
         """Counts in bins: an interval a bin, but for both infinities and NaN."""
         missing = float(counts[0] + counts[-2:].sum())
-        edges, counts = edges[1:-2].copy(), counts[1:-2]
-        # An interval without an end is drawn as wide as its neighbour.
-        edges[0, 0] = edges[0, 1] - np.diff(edges[1])[0]
-        edges[-1, 1] = edges[-1, 0] + np.diff(edges[-2])[0]
+        counts = counts[1:-2]
         held = np.flatnonzero(counts > 0)
         if held.size and np.isfinite(counts).all():
             shown = slice(held[0], held[-1] + 1)
