@@ -115,6 +115,11 @@ class Ranks:
             self._spread = part, split, any(e.part is not WHOLE for e in entries)
         return self._spread
 
+    @property
+    def sent(self) -> int:
+        """Bytes that this process put into the messages of the last update which took all."""
+        return 0 if self._wire is None else self._wire.sent
+
     def model_changed(self) -> None:
         """Parameters were replaced."""
         self._spread = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -51,14 +52,15 @@ class Group:
         except RuntimeError as error:
             raise LostRanksError(_reason(error)) from error
 
-    def add(self, buffer: Tensor) -> None:
-        """Add up what all processes have in a buffer on the host, in place.
+    def add(self, buffer: Tensor, *, largest: bool = False) -> None:
+        """Add up what all processes have in a buffer on the host, or take the largest of it, in place.
 
         Raises:
             LostRanksError: A process has ended, left or failed, or did not come in time.
         """
+        how = ReduceOp.MAX if largest else ReduceOp.SUM
         try:
-            self._gloo.allreduce([buffer]).wait()
+            self._gloo.allreduce([buffer], how).wait()
         except RuntimeError as error:
             raise LostRanksError(_reason(error)) from error
 

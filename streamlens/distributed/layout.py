@@ -3,6 +3,10 @@
 Numbers that add up over parts (sums, counts, bins) share a place. Others (extremes, powers of deviations)
 have a place for each part, filled by one process and zero on all others, so that adding up gathers them;
 they are merged from there. Of processes that hold the same, the lowest contributes.
+
+Of more than a few parts that would be a message as long as there are processes. Their statistics are merged
+in rounds, each of one place a layer: what adds up; then, as the mean of the whole is known, deviations from
+that, which add up too; and extremes, of which the largest is taken (`rounds.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +24,10 @@ from streamlens.capture.sharded import Part
 from streamlens.capture.table import Rows, Table
 from streamlens.reductions import Statistic, Statistics, merge_statistics
 
-__all__ = ["WEIGHT", "Item", "Layout", "Report", "added", "build"]
+__all__ = ["WEIGHT", "Item", "Layout", "Mine", "Report", "added", "build"]
+
+GATHERED: Final = 8
+"""Parts that have a place each; of more, statistics are merged in rounds."""
 
 WEIGHT: Final = "/examples"
 """What is appended to a label for the row that says how many examples a process has."""
@@ -117,12 +124,15 @@ class Report:
 
 @dataclass(eq=False)
 class _Block:
-    """The place of one kind of numbers."""
+    """The place of one kind of numbers; of those merged in rounds, also that in the later messages."""
 
     width: int
     added: bool
     open: bool
+    statistics: bool
     offset: int = 0
+    later: int = 0
+    rounds: bool = False
     names: dict[str, int] = field(default_factory=dict)
     slots: int = 1
     held: dict[str, dict[Part, int]] = field(default_factory=dict)
@@ -131,6 +141,10 @@ class _Block:
     @property
     def size(self) -> int:
         return self.slots * self.width * len(self.names)
+
+    def region(self, buffer: Tensor, offset: int) -> Tensor:
+        """Its place in a message, by slot, number and layer."""
+        return buffer[offset : offset + self.size].view(self.slots, self.width, len(self.names))
 
     def settle(self, lost: frozenset[str]) -> None:
         """Leave out layers of which something is missing, and give the others their places."""
@@ -141,10 +155,12 @@ class _Block:
         }
         self.names = {name: place for place, name in enumerate(self.held)}
         self.slots = 1 if self.added else max((len(parts) for parts in self.held.values()), default=1)
+        if self.statistics and self.slots > GATHERED:
+            self.rounds, self.slots = True, 1
 
 
 @dataclass(eq=False)
-class _Mine:
+class Mine:
     """What of an item goes where, as indices on its device."""
 
     block: _Block
@@ -167,6 +183,7 @@ class Layout:
         number: Equal on all processes.
         host: Numbers on the host.
         device: Numbers on the device.
+        later: Numbers in each of the later rounds, on the host and on the device.
     """
 
     def __init__(
@@ -179,11 +196,15 @@ class Layout:
     ) -> None:
         self.number = number
         self.host = self.device = 0
+        self.later = {True: 0, False: 0}
         for kind, block in blocks.items():
             if kind[2]:
                 block.offset, self.host = self.host, self.host + block.size
             else:
                 block.offset, self.device = self.device, self.device + block.size
+            if block.rounds:
+                block.later = self.later[kind[2]]
+                self.later[kind[2]] += block.size
         self._mine = [
             _mine(blocks[item.kind], item, rank, torch.device("cpu") if item.on_host else device)
             for item in items
@@ -195,29 +216,28 @@ class Layout:
             if item.on_host != on_host or not mine.kept:
                 continue
             block, values = mine.block, item.rows.values
-            if block.added and isinstance(item.rows.what, tuple):
+            if (block.added or block.rounds) and isinstance(item.rows.what, tuple):
                 # A part without elements adds nothing, whatever its sums are said to be.
                 values = torch.where(values[-1:] == 0, 0.0, values)
-            region = self._region(block, buffer)
+            if block.rounds:
+                adds = torch.tensor(
+                    [added((s,)) for s in cast("tuple[Statistic, ...]", item.rows.what)] + [True]
+                )
+                values = torch.where(adds.to(values.device, non_blocking=True)[:, None], values, 0.0)
+            region = block.region(buffer, block.offset)
             rows, slots, places = mine.given
             if mine.plain:
                 region[int(slots[0]) if on_host else 0].copy_(values)
             else:
                 region[slots, :, places] = values.T.index_select(0, rows).to(region.dtype)
 
-    @staticmethod
-    def _region(block: _Block, buffer: Tensor) -> Tensor:
-        return buffer[block.offset : block.offset + block.size].view(
-            block.slots, block.width, len(block.names)
-        )
-
     def read(self, items: Sequence[Item], buffer: Tensor, *, on_host: bool) -> list[tuple[Item, Rows]]:
         """What the parts have been merged to, of the layers that all of it is there of."""
         found: list[tuple[Item, Rows]] = []
         for item, mine in zip(items, self._mine, strict=True):
-            if item.on_host != on_host or not mine.numbers:
+            if item.on_host != on_host or not mine.numbers or mine.block.rounds:
                 continue
-            region = self._region(mine.block, buffer)
+            region = mine.block.region(buffer, mine.block.offset)
             keys = item.rows.keys
             if mine.plain:
                 found += [(item, rows) for rows in _merged(item, keys, region, mine)]
@@ -227,8 +247,16 @@ class Layout:
             found += [(item, rows) for rows in _merged(item, keys, gathered, mine)]
         return found
 
+    def in_rounds(self, items: Sequence[Item], *, on_host: bool) -> list[tuple[Item, Mine]]:
+        """What of these is merged in rounds."""
+        return [
+            (item, mine)
+            for item, mine in zip(items, self._mine, strict=True)
+            if item.on_host == on_host and mine.block.rounds
+        ]
 
-def _merged(item: Item, keys: tuple[Hashable, ...], gathered: Tensor, mine: _Mine) -> list[Rows]:
+
+def _merged(item: Item, keys: tuple[Hashable, ...], gathered: Tensor, mine: Mine) -> list[Rows]:
     what = item.rows.what
     if mine.block.added:
         return [Rows(what, keys, gathered[0])]
@@ -247,9 +275,10 @@ def _merged(item: Item, keys: tuple[Hashable, ...], gathered: Tensor, mine: _Min
     return rows
 
 
-def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> _Mine:
+def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> Mine:
     kept = [i for i, name in enumerate(item.names) if name in block.names]
-    foreign = tuple(name for name in block.names if name not in item.names) if item.open else ()
+    own = set(item.names)
+    foreign = tuple(name for name in block.names if name not in own) if item.open else ()
     names = [*(item.names[i] for i in kept), *foreign]
     places = [block.names[name] for name in names]
     rows: list[int] = []
@@ -259,7 +288,8 @@ def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> _Mine:
         holders = block.held[item.names[i]]
         if holders.get(item.parts[i]) == rank:
             rows.append(i)
-            slots.append(0 if block.added else sorted(holders).index(item.parts[i]))
+            one = block.added or block.rounds
+            slots.append(0 if one else sorted(holders).index(item.parts[i]))
             where.append(place)
     everything = list(range(len(block.names)))
     plain = len(item.names) == len(everything) and len(set(slots)) == 1
@@ -268,7 +298,7 @@ def _mine(block: _Block, item: Item, rank: int, device: torch.device) -> _Mine:
     def index(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(device)
 
-    return _Mine(
+    return Mine(
         block,
         tuple(kept),
         index(places),
@@ -292,12 +322,28 @@ def build(
         device: Where numbers are that are not on the host.
     """
     blocks: dict[Any, _Block] = {}
+    # Mostly all layers of a kind are in the same hands, on all processes; they share what says so.
+    shared: dict[tuple[Any, tuple[str, ...]], dict[Part, int]] = {}
     for of, report in enumerate(reports):
         for (kind, width, adds, missing, names), parts in zip(report.shapes, report.parts, strict=True):
-            block = blocks.setdefault(kind, _Block(width, adds, missing))
-            each = parts * len(names) if len(parts) == 1 else parts
-            for name, part in zip(names, each, strict=True):
-                block.held.setdefault(name, {}).setdefault(part, of)
+            if kind not in blocks:
+                blocks[kind] = _Block(width, adds, missing, isinstance(kind[1], tuple))
+            together = (
+                [(names, parts[0])]
+                if len(parts) == 1
+                else [((n,), p) for n, p in zip(names, parts, strict=True)]
+            )
+            for some, part in together:
+                shared.setdefault((kind, some), {}).setdefault(part, of)
+    for (kind, names), holders in shared.items():
+        held = blocks[kind].held
+        for name in names:
+            known = held.get(name)
+            if known is None:
+                held[name] = holders
+            else:
+                both = set(known) | set(holders)
+                held[name] = {p: min(h[p] for h in (known, holders) if p in h) for p in both}
     lost = {entry for report in reports for entry in report.lost}
     for (label, _, _), block in blocks.items():
         block.settle(frozenset(name for of, name in lost if of == label))

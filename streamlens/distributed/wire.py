@@ -12,6 +12,7 @@ from torch import Tensor
 from streamlens.capture.table import Rows
 from streamlens.distributed.group import Group
 from streamlens.distributed.layout import WEIGHT, Item, Layout, Report, build
+from streamlens.distributed.rounds import later_rounds
 from streamlens.errors import StreamlensError
 from streamlens.reductions import double_where_known
 
@@ -38,7 +39,7 @@ class Wire:
 
     Attributes:
         group: The processes.
-        sent: Bytes of the last message.
+        sent: Bytes of the messages of the last update.
     """
 
     def __init__(self, group: Group) -> None:
@@ -74,10 +75,11 @@ class Wire:
             host = torch.zeros(layout.host, dtype=torch.float64)
             layout.write(scaled, host, on_host=True)
             if layout.host:
-                self.group.add(host)
-            self.sent += 8 * layout.host
+                self._add(host)
         self._room = layout.host
         found = layout.read(scaled, host, on_host=True)
+        if layout.later[True]:
+            found += later_rounds(layout, scaled, host, self._add, on_host=True)
         if layout.device:
             found += self._on_device(layout, scaled)
         return _unscaled(found), tells
@@ -96,8 +98,8 @@ class Wire:
         if layout is not None:
             layout.write(items, buffer[_HEADER:], on_host=True)
         first = buffer[: _HEADER + self._room]
-        self.group.add(first)
-        self.sent = 8 * len(first)
+        self.sent = 0
+        self._add(first)
         new, numbers, squares, whens, when_squares, tells = (int(x) for x in buffer[:_HEADER].tolist())
         if (whens, when_squares) != (ranks * when, ranks * when**2):
             raise StreamlensError(
@@ -109,9 +111,7 @@ class Wire:
         same = not new and (numbers, squares) == (ranks * number, ranks * number**2)
         if same and size > self._room:
             # The message before was shorter; the rest follows.
-            rest = buffer[_HEADER + self._room : _HEADER + size]
-            self.group.add(rest)
-            self.sent += 8 * len(rest)
+            self._add(buffer[_HEADER + self._room : _HEADER + size])
         return buffer[_HEADER:], bool(tells), same
 
     def _negotiate(self, key: Hashable, items: Sequence[Item], lost: Sequence[tuple[str, str]]) -> Layout:
@@ -142,9 +142,19 @@ class Wire:
             home = torch.device(torch.accelerator.current_accelerator() or "cpu")
         buffer = torch.zeros(layout.device, dtype=double_where_known(home), device=home)
         layout.write(items, buffer, on_host=False)
-        dist.all_reduce(buffer)
+        self._add_there(buffer)
+        found = layout.read(items, buffer, on_host=False)
+        if layout.later[False]:
+            found += later_rounds(layout, items, buffer, self._add_there, on_host=False)
+        return found
+
+    def _add(self, buffer: Tensor, *, largest: bool = False) -> None:
+        self.group.add(buffer, largest=largest)
         self.sent += buffer.element_size() * len(buffer)
-        return layout.read(items, buffer, on_host=False)
+
+    def _add_there(self, buffer: Tensor, *, largest: bool = False) -> None:
+        dist.all_reduce(buffer, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        self.sent += buffer.element_size() * len(buffer)
 
 
 def _scaled(items: Sequence[Item]) -> list[Item]:

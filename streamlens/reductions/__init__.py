@@ -17,7 +17,7 @@ from streamlens.reductions.elements import (
     precise,
     real_size,
 )
-from streamlens.reductions.merging import merge_statistics, statistics_to_merge
+from streamlens.reductions.merging import centred_about, merge_statistics, statistics_to_merge
 from streamlens.reductions.pieces import accumulate, square_of, statistics_of
 from streamlens.reductions.protocol import FunctionReduction, Reduction, needed_statistics
 from streamlens.reductions.rows import row_statistics
@@ -36,6 +36,7 @@ __all__ = [
     "accumulate",
     "all_elements",
     "bin_edges",
+    "centred_about",
     "chunks_of",
     "columns",
     "double_where_known",

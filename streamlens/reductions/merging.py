@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamlens.reductions.statistic import Statistic, Statistics
 
-__all__ = ["merge_statistics", "moved", "statistics_to_merge"]
+__all__ = ["centred_about", "merge_statistics", "moved", "statistics_to_merge"]
 
 _SUM: Final = Statistic("sum")
 _ADDED: Final = frozenset({"count", "sum", "sum_of_squares", "sum_of_powers", "nonzero", "nonfinite"})
@@ -107,7 +107,21 @@ def _merge(statistic: Statistic, values: Tensor, counts: Tensor) -> Tensor:
 
 def _merge_centred(centred: Statistics, sums: Tensor, counts: Tensor) -> dict[Statistic, Tensor]:
     whole = counts.sum(0)
-    mean = sums.sum(0) / whole
+    moved_there = centred_about(centred, sums, counts, sums.sum(0) / whole)
+    return {s: powers.sum(0).masked_fill(whole == 0, math.nan) for s, powers in moved_there.items()}
+
+
+def centred_about(centred: Statistics, sums: Tensor, counts: Tensor, mean: Tensor) -> dict[Statistic, Tensor]:
+    """Powers of deviations from the mean of a part become those from another mean, that of the whole.
+
+    About one mean they add up over parts.
+
+    Args:
+        centred: The sums of powers of deviations from the part's own mean, with all lower orders.
+        sums: The sum of the part's elements.
+        counts: Their number; without any there is no deviation.
+        mean: The mean of the whole.
+    """
     distance = (sums / counts - mean).masked_fill(counts == 0, 0.0)
     # Means that differ by their own rounding are equal: else parts of a constant would deviate.
     rounding = 4 * torch.finfo(distance.dtype).eps * mean.abs()
@@ -119,6 +133,4 @@ def _merge_centred(centred: Statistics, sums: Tensor, counts: Tensor) -> dict[St
         torch.zeros_like(distance),
         *(centred[s].masked_fill(counts == 0, 0.0) for s in ordered),
     ]
-    return {
-        s: moved(powers, distance, int(s.order)).sum(0).masked_fill(whole == 0, math.nan) for s in centred
-    }
+    return {s: moved(powers, distance, int(s.order)) for s in centred}

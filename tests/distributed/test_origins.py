@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamlens.capture.sharded import Part
@@ -40,6 +40,7 @@ def merged(ranks: int, bad: dict[int, list[int]], label: str = "activations/0/1"
     return origins
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 48).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 def test_up_to_48_ranks_are_all_named(drawn: tuple[int, set[int]]) -> None:
     ranks, bad = drawn

@@ -55,6 +55,8 @@ def compare(found: Any, steps: list[dict[str, Any]], topics: tuple[str, ...]) ->
         ("sharded_later", (4, 4), 7, PARAMETER_TOPICS),
         ("tensor_parallel", (6,), 8, (*PARAMETER_TOPICS, "input_data")),
         ("on_a_device", (4, 4), 7, EVERYTHING),
+        ("in_rounds", (4, 4), 7, EVERYTHING),
+        ("in_rounds_on_a_device", (4, 4), 7, EVERYTHING),
     ],
 )
 def test_every_rank_has_the_numbers_of_one_process(

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import streamlens as sl
+from streamlens.distributed import layout
 from streamlens.distributed.layout import Item
 from tests.distributed.whole import Batches, Model, batches
 from tests.helpers.ranks import run_scenario
@@ -266,11 +267,7 @@ def refusals() -> Found:
         tried("spectral norm of shards", lens, sl.spectral_norm("weights"))
         tried("cosine of shards", lens, sl.cosine("weights"))
         tried("norm of shards", lens, sl.norm("weights"))
-        tried(
-            "combine of shards",
-            lens,
-            sl.combine("weights", "weight_updates", fn=torch.add),
-        )
+        tried("combine of shards", lens, sl.combine("weights", "weight_updates", fn=torch.add))
         tried("effective_lr of shards", lens, sl.effective_lr())
     with sl.observe(replicated) as lens:
         tried("median of copies", lens, sl.median("weights"))
@@ -358,6 +355,20 @@ def on_a_device() -> Found:
         Item.on_host = _ON_HOST  # type: ignore[method-assign]
 
 
+def in_rounds(work: Callable[[], Found] = fsdp2) -> Found:
+    """More parts than have a place each: here as many as there are count as more."""
+    gathered, layout.GATHERED = layout.GATHERED, 1  # type: ignore[misc]
+    try:
+        return work()
+    finally:
+        layout.GATHERED = gathered  # type: ignore[misc]
+
+
+def in_rounds_on_a_device() -> Found:
+    """The same for numbers that are not on the host."""
+    return in_rounds(on_a_device)
+
+
 _ON_HOST = Item.on_host
 
 SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
@@ -375,6 +386,8 @@ SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
         alone,
         alerts,
         on_a_device,
+        in_rounds,
+        in_rounds_on_a_device,
     ),
     "meshes": (hsdp, fsdp_and_tensor_parallel),
 }

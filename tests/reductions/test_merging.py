@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,6 +59,7 @@ def part(layers: list[Array], statistics: tuple[Statistic, ...] = STATISTICS) ->
     return vectors, torch.tensor([float(x.size) for x in layers], dtype=torch.float64)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(NUMBERS, max_size=6), min_size=1, max_size=5))
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_merged_parts_equal_numpy_on_all_elements_at_once(pieces: list[list[float]]) -> None:
