@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from benchmarks import health, hessian, overhead, run_store, spectral
+from benchmarks import delivery, health, hessian, overhead, run_store, spectral
 
 __all__ = ["main"]
 
@@ -56,6 +56,10 @@ def main() -> None:
         f"{curvature.evaluation / curvature.gradient:.0f} gradients' time, {curvature.evaluation:.2f} s; "
         f"error at most {curvature.error:.0e}  (at most 40 products, 1e-3)"
     )
+    for key, value in delivery.hand_over(300 if quick else 1500).items():
+        print(
+            f"handing a frame to {key}: {value:.1f} us" + ("  (at most 20)" if "CPU, 99% of" in key else "")
+        )
     for key, value in run_store.run().items():
         print(f"run store, {key}: {value:,.1f}")
     for key, value in run_store.chart(20_000 if quick else 100_000).items():
