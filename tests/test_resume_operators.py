@@ -129,17 +129,31 @@ def test_every_operator_with_state_goes_on_where_it_was(label: str) -> None:
         assert run.frames, "where neither run says anything nothing is compared"
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    labels=st.sets(st.sampled_from(list(CHAINS)), min_size=1, max_size=4),
-    parts=st.lists(st.integers(0, 5), min_size=2, max_size=4),
-    micro_steps=st.integers(1, 3),
-    epoch=st.integers(1, 4),
-    troubles=st.lists(st.sampled_from(list(TROUBLES)), min_size=1, max_size=5),
-    late=st.booleans(),
-)
-def test_any_chains_interrupted_anywhere_and_resumed_are_uninterrupted(
+CASES = {
+    "labels": st.sets(st.sampled_from(list(CHAINS)), min_size=1, max_size=4),
+    "parts": st.lists(st.integers(0, 5), min_size=2, max_size=4),
+    "micro_steps": st.integers(1, 3),
+    "epoch": st.integers(1, 4),
+    "troubles": st.lists(st.sampled_from(list(TROUBLES)), min_size=1, max_size=5),
+    "late": st.booleans(),
+}
+
+
+def check_case(
     labels: set[str], parts: list[int], micro_steps: int, epoch: int, troubles: list[str], late: bool
 ) -> None:
     chains = {label: CHAINS[label] for label in sorted(labels)}
     check(chains, parts, micro_steps, epoch, troubles=troubles, subscribe_after_loading=late)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(**CASES)
+def test_any_chains_interrupted_anywhere_and_resumed_are_uninterrupted(**case: Any) -> None:
+    check_case(**case)
+
+
+@pytest.mark.soak
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**CASES)
+def test_any_chains_in_a_wide_search_resume_where_they_were(**case: Any) -> None:
+    check_case(**case)
