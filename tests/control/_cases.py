@@ -47,12 +47,14 @@ class Case:
         chain: The operators in front of it.
         optimizer: Makes the optimizer.
         emitted: A number given by hand after each step, as the topic `number`, if the chain takes that.
+        recommends: Whether it leaves what it recommends to others.
     """
 
     make: Callable[..., control.Controller]
     chain: tuple[Any, ...] = (sl.uw_ratio(),)
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] = _momentum
     emitted: Callable[[int], float] | None = None
+    recommends: bool = False
 
 
 def _number() -> tuple[Any, ...]:
@@ -77,6 +79,14 @@ CASES: dict[str, list[Case]] = {
             lambda **o: control.Freeze(below=0.2, patience=2, thaw_after=3, keep_gradients=True, **o),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         ),
+    ],
+    "NoiseScaleBatch": [
+        Case(
+            lambda **o: control.NoiseScaleBatch(16, high=512, **o),
+            _number(),
+            emitted=lambda step: 40.0 * step,
+            recommends=True,
+        )
     ],
     "RatioLR": [
         Case(lambda **o: control.RatioLR(mode="base", smoothing=0.5, **o)),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reactivex.subject import Subject
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+import streamlens as sl
 from streamlens import control
 from streamlens.frame import Frame
+from tests.control._cases import CONTROLLERS
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -36,53 +43,141 @@ def test_bounds_come_before_slew_where_the_value_starts_outside() -> None:
     assert control.Bounds(0.1, 1.0).limit(0.5, 0.7) == 0.7
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    ratios=st.lists(st.lists(anything, min_size=2, max_size=2), max_size=20),
-    mode=st.sampled_from(["base", "current"]),
-)
-def test_rates_of_ratio_lr_stay_within_bounds_and_slew_under_any_ratios(
-    ratios: list[list[float]], mode: str
-) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    controller = control.RatioLR(
-        optimizer,
-        mode=mode,  # type: ignore[arg-type]
-        min_lr=1e-3,
-        max_lr=0.5,
-        slew_limit=1.5,
-    )
+def rates_under(make: Callable[[Optimizer], control.Controller]) -> Callable[[list[float]], list[float]]:
+    """The rates that a controller sets, given one number a frame."""
+
+    def drive(numbers: list[float]) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        source: Subject[Frame] = Subject()
+        source.subscribe(make(optimizer))
+        rates = [0.1]
+        for step, number in enumerate(numbers):
+            source.on_next(Frame("x", step, ("a",), torch.tensor([number], dtype=torch.float64)))
+            rates.append(optimizer.param_groups[0]["lr"])
+        source.on_completed()
+        return rates
+
+    return drive
+
+
+def under_gradients(
+    make: Callable[[], control.Controller], read: Callable[[Any], Tensor], start: list[float]
+) -> Callable[[list[float]], list[float]]:
+    """What a controller of gradients steers, given the gradient of each step."""
+
+    def drive(numbers: list[float]) -> list[float]:
+        model = nn.Linear(1, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        values = list(start)
+        with sl.observe(model, on_error="raise") as lens:
+            controller = make()
+            lens.pipe(sl.norm("weight_gradients")).subscribe(controller)
+            for number in numbers:
+                nn.init.ones_(model.weight)
+                optimizer.zero_grad()
+                model(torch.tensor([[number]])).sum().backward()
+                optimizer.step()
+                value = float(read(controller))
+                # A limit is infinite before the first norm.
+                values += [value] if math.isfinite(value) else []
+        return values
+
+    return drive
+
+
+def batch_sizes(numbers: list[float]) -> list[float]:
+    """Batch sizes, of which a hundred is 1, under noise scales."""
+    controller = control.NoiseScaleBatch(10, low=1, high=100, slew_limit=SLEW)
     source: Subject[Frame] = Subject()
     source.subscribe(controller)
-    for step, values in enumerate(ratios):
-        before = optimizer.param_groups[0]["lr"]
-        source.on_next(Frame("uw_ratio", step, ("a", "b"), torch.tensor(values, dtype=torch.float64)))
-        now = optimizer.param_groups[0]["lr"]
-        assert 1e-3 <= now <= 0.5
-        assert before / 1.5 * (1 - 1e-12) <= now <= before * 1.5 * (1 + 1e-12)
-        if not all(map(math.isfinite, values)):
-            assert now == before
+    sizes = [10]
+    for step, number in enumerate(numbers):
+        source.on_next(Frame("x", step, ("",), torch.tensor([100 * number], dtype=torch.float64)))
+        sizes.append(controller.batch_size)
     source.on_completed()
+    return [size / 100 for size in sizes]
 
 
-@given(wanted=st.lists(anything, max_size=20))
-@settings(max_examples=30, deadline=None)
-def test_set_rate_and_act_obey_their_bounds_under_any_input(wanted: list[float]) -> None:
-    first = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    second = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    source: Subject[Frame] = Subject()
-    source.subscribe(control.SetRate(first, min_lr=0.01, max_lr=1.0, slew_limit=2.0))
-    source.subscribe(
-        control.act(lambda f, _: float(f["a"]), optimizer=second, low=0.01, high=1.0, slew_limit=2.0)
-    )
-    rates = [0.1]
-    for step, number in enumerate(wanted):
-        source.on_next(Frame("x", step, ("a",), torch.tensor([number], dtype=torch.float64)))
-        rates.append(first.param_groups[0]["lr"])
-        assert rates[-1] == second.param_groups[0]["lr"]
-        assert 0.01 <= rates[-1] <= 1.0
-        assert rates[-2] / 2 <= rates[-1] <= rates[-2] * 2
-    source.on_completed()
+LOW, HIGH, SLEW = 0.01, 1.0, 2.0
+_RATES: dict[str, Any] = {"min_lr": LOW, "max_lr": HIGH, "slew_limit": SLEW}
+
+STEERED: dict[str, list[Callable[[list[float]], list[float]]]] = {
+    "ClipAt": [
+        under_gradients(
+            lambda: control.ClipAt(50, window=3, min_norm=LOW, max_norm=HIGH, slew_limit=SLEW),
+            lambda controller: controller.histories["weight"]["limit"],
+            [],
+        )
+    ],
+    "FixedRatio": [
+        under_gradients(
+            lambda: control.FixedRatio(1e-2, min_scale=LOW, max_scale=HIGH, slew_limit=SLEW),
+            lambda controller: controller.scales_now[""],
+            [1.0],
+        )
+    ],
+    "NoiseScaleBatch": [batch_sizes],
+    "RatioLR": [
+        rates_under(lambda optimizer: control.RatioLR(optimizer, mode="base", **_RATES)),
+        rates_under(lambda optimizer: control.RatioLR(optimizer, mode="current", **_RATES)),
+    ],
+    "ReduceOnPlateau": [
+        rates_under(lambda optimizer: control.ReduceOnPlateau(optimizer, patience=0, factor=0.1, **_RATES))
+    ],
+    "SetRate": [rates_under(lambda optimizer: control.SetRate(optimizer, **_RATES))],
+    "act": [
+        rates_under(
+            lambda optimizer: control.act(
+                lambda frame, _: float(frame["a"]), optimizer=optimizer, low=LOW, high=HIGH, slew_limit=SLEW
+            )
+        )
+    ],
+}
+"""What each controller with a slew limit steers, over steps."""
+
+
+def test_every_controller_with_a_slew_limit_is_held_to_it_here() -> None:
+    limited = {
+        name for name in CONTROLLERS if "slew_limit" in inspect.signature(getattr(control, name)).parameters
+    }
+    assert limited == set(STEERED), "give each a place in STEERED"
+
+
+@pytest.mark.parametrize("drive", [pytest.param(d, id=name) for name in STEERED for d in STEERED[name]])
+@settings(max_examples=20, deadline=None)
+@given(numbers=st.lists(anything, max_size=12))
+def test_what_is_steered_keeps_its_bounds_and_its_slew_whatever_comes(
+    drive: Callable[[list[float]], list[float]], numbers: list[float]
+) -> None:
+    values = drive(numbers)
+    assert all(LOW <= value <= HIGH for value in values)
+    for before, now in itertools.pairwise(values):
+        assert before / SLEW * (1 - 1e-12) <= now <= before * SLEW * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("drive", [pytest.param(d, id=name) for name in STEERED for d in STEERED[name]])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_steered_stays_where_it_was_at_a_number_that_is_none(
+    drive: Callable[[list[float]], list[float]], bad: float
+) -> None:
+    *_, before = drive([0.5, 0.02])
+    *_, now = drive([0.5, 0.02, bad])
+    assert now == before
+
+
+def numbers_of(low: float, high: float) -> st.SearchStrategy[list[float]]:
+    return st.lists(st.floats(low, high) | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1)
+
+
+@given(old=numbers_of(1e-3, 1e3), wanted=numbers_of(0, 1e6), slew=st.none() | st.floats(1.01, 100))
+def test_tensors_are_limited_as_numbers_are(
+    old: list[float], wanted: list[float], slew: float | None
+) -> None:
+    pairs = list(zip(old, wanted, strict=False))
+    bounds = control.Bounds(1e-2, 1e2, slew)
+    expected = torch.tensor([bounds.limit(a, b) for a, b in pairs], dtype=torch.float64)
+    a, b = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
+    assert torch.equal(bounds.limit_each(a, b).nan_to_num(-1), expected.nan_to_num(-1))
 
 
 @pytest.mark.parametrize(("low", "high", "slew"), [(1.0, 1.0, None), (0.0, 1.0, 1.0), (0.0, 1.0, math.inf)])
