@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from streamlens.errors import StreamlensError
+
 __all__ = ["Shelf", "keep", "keep_optimizer", "put_back"]
 
 
@@ -60,8 +62,16 @@ def put_back(kept: Mapping[str, Any], model: nn.Module, optimizers: Mapping[int,
         kept: What `keep` gave.
         model: The model.
         optimizers: Its optimizers, under the same numbers.
+
+    Raises:
+        StreamlensError: The model has other tensors now; nothing is put back.
     """
     now = dict(_tensors(model))
+    changed = [n for n, t in kept["tensors"].items() if n not in now or now[n].shape != t.shape]
+    if changed:
+        raise StreamlensError(
+            f"the model was changed since it was kept, and has no such {changed[0]!r} any more"
+        )
     for name, tensor in kept["tensors"].items():
         now[name].copy_(tensor)
     for number, saved in kept["optimizers"].items():

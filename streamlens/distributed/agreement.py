@@ -31,7 +31,7 @@ class Agreement:
         self._name = name
         self._timeout = timeout
         self._group: Group | None = None
-        self._over = False
+        self._failure: StreamlensError | None = None
 
     @property
     def needed(self) -> bool:
@@ -45,22 +45,23 @@ class Agreement:
             answer: What this one says; anything that pickles.
 
         Raises:
-            StreamlensError: Others did not come in time, or have ended; not told again.
+            StreamlensError: Others did not come in time, or have ended; from then on at every question.
         """
         if not self.needed:
             return [answer]
-        if self._over:
-            return []
+        if self._failure is not None:
+            raise self._failure
         try:
             if self._group is None:
                 self._group = self._make()
             return self._group.gather(answer)
         except LostRanksError as error:
-            self._over, self._group = True, None
-            raise StreamlensError(
+            self._group = None
+            self._failure = StreamlensError(
                 f"rank {dist.get_rank()} lost the other ranks ({error}), within the {self._timeout:g} s of "
                 "observe(distributed_timeout=)"
-            ) from error
+            )
+            raise self._failure from error
 
     def _make(self) -> Group:
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamlens import StreamlensError
 from streamlens.control._kept import Shelf, keep, put_back
 from tests._runs import OPTIMIZERS
 
@@ -90,3 +91,15 @@ def test_a_constant_that_was_expanded_is_left_alone() -> None:
     kept = keep(model, {})
     assert "ones" not in kept["tensors"]
     put_back(kept, model, {})
+
+
+def test_a_model_that_has_other_tensors_now_is_left_as_it_is() -> None:
+    model = make_model()
+    kept = keep(model, {})
+    first = model.get_parameter("0.weight")
+    with torch.no_grad():
+        first.fill_(1.0)
+    model[3] = nn.Linear(5, 2)
+    with pytest.raises(StreamlensError, match=r"was changed since it was kept, and has no such '3\.weight'"):
+        put_back(kept, model, {})
+    assert bool((first == 1).all())

@@ -348,6 +348,39 @@ def test_beside_a_controller_of_the_rate_it_is_refused_unless_it_leaves_the_rate
         run.lens.pipe(sl.loss()).subscribe(control.Rollback(factor=1))
 
 
+def test_what_cannot_be_put_back_is_reported_and_no_action(tmp_path: Path) -> None:
+    run = Run(on_error="report")
+    reports: list[str] = []
+    run.lens.errors.subscribe(lambda report: reports.append(str(report)))
+    run.roll_back(control.Rollback(folder=tmp_path))
+    for step, batch in enumerate(batches(2, {1})):
+        if step == 1:
+            (tmp_path / "rollback.good.pt").unlink()
+        run.update(batch)
+    assert not run.actions
+    assert run.rate == 0.1
+    assert "Rollback.apply" in reports[0]
+    assert "rollback.good.pt" in reports[0]
+    run.lens.close()
+
+
+def test_an_overflow_that_a_scaler_skips_is_no_reason_where_weights_are_watched(run: Run) -> None:
+    run.roll_back(control.Rollback(), sl.norm("weights"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    for step, (x, y) in enumerate(batches(3, set())):
+        run.optimizer.zero_grad()
+        # The first overflows in the loss alone: it spoils no buffer.
+        loss = run.criterion(run.model(x), y * (math.inf if step == 0 else 1.0))
+        scaler.scale(loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        if step == 0:
+            assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    assert run.lens.current_step == 1
+    assert not run.actions
+
+
 def test_the_report_marks_it_and_tensorboard_has_its_sentence(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run.roll_back(control.Rollback())
