@@ -220,10 +220,12 @@ class Reference:
     def model_like(self, model: nn.Module) -> nn.Module | None:
         """The reference as a copy of its own, on a model's device; None for the first evaluated."""
         if self._model is not None:
-            return isolated_copy(self._model).modules[0].to(device_of(model))
-        copied = isolated_copy(model).modules[0]
+            copied = isolated_copy(self._model).modules[0]
+            device = device_of(model)
+            return copied if device is None else copied.to(device)
         if self._state is None:
             return None
+        copied = isolated_copy(model).modules[0]
         names = {_bare(key): key for key in copied.state_dict()}
         copied.load_state_dict({names.get(key, key): entry for key, entry in self._state.items()})
         return copied

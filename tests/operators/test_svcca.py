@@ -343,3 +343,11 @@ def test_what_does_not_fit_the_model_is_said_when_it_is_applied() -> None:
             lens.pipe(svcca(probe(), reference=state))
         with pytest.raises(sl.StreamlensError, match=r"pass svcca\(\.\.\., model=model\)"):
             svcca(probe())(sl.Feed())
+
+
+def test_a_model_without_parameters_is_compared_with_another_one() -> None:
+    x = probe()
+    got = taken(nn.Sequential(nn.Tanh()), x, reference=nn.Sequential(nn.ReLU()))
+    wanted = by_numpy(x.tanh().numpy(), x.relu().numpy())
+    assert got["0"] == pytest.approx(wanted, rel=1e-5)
+    assert got["0"] < 0.99
