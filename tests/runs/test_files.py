@@ -152,3 +152,24 @@ def test_whatever_byte_is_wrong_values_are_right_or_the_file_is_damaged(
         for frame in run.frames():
             first, _, last = cast("Tensor", frame.values).tolist()
             assert first == right[frame.step, last]
+
+
+@settings(max_examples=40, deadline=None)
+@given(flips=st.lists(flipped, min_size=1, max_size=4))
+def test_a_writer_that_refuses_a_damaged_file_has_not_changed_it(
+    scratch: Path, intact: Path, flips: list[tuple[float, int]]
+) -> None:
+    damaged = bytearray(intact.read_bytes())
+    for place, flip in flips:
+        # To the fourth power: most flips hit what is read when the file is opened.
+        damaged[int(place**4 * len(damaged))] ^= flip
+    scratch.write_bytes(damaged)
+    refusal = ""
+    try:
+        RunWriter(scratch, "b").close()
+    except RunStoreError as error:
+        refusal = str(error)
+    if refusal:
+        assert str(scratch) in refusal
+        assert scratch.read_bytes() == damaged
+        assert [file.name for file in scratch.parent.iterdir()] == [scratch.name]
