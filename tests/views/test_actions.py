@@ -42,6 +42,29 @@ def test_tensorboard_has_each_action_as_text(tmp_path: Path) -> None:
     assert b"learning_rate.action/_/text" in events
 
 
+@pytest.mark.parametrize(
+    ("controller", "said"),
+    [
+        (lambda: sl.control.ClipAt(0), "ClipAt clipped the gradient from a norm of "),
+        (lambda: sl.control.FixedRatio(1e-3), "FixedRatio set gradient_scale from "),
+        (lambda: sl.control.Freeze(below=1.0, patience=2), "Freeze ended updates of 0: "),
+    ],
+)
+def test_what_acts_on_gradients_and_layers_is_marked_too(controller: Any, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sl.observe(model, on_error="raise") as lens:
+        steering = controller()
+        lens.pipe(sl.uw_ratio()).subscribe(steering)
+        for sink in (sl.sinks.RunStore(tmp_path / "run.db"), sl.sinks.TensorBoard(tmp_path)):
+            lens.pipe(sl.topic("learning_rate")).subscribe(sink)
+            lens.pipe(sl.topic(*steering.action_topics)).subscribe(sink)
+        list(steps_of(model, optimizer, 4))
+    assert said in write_report(tmp_path / "run.db", tmp_path / "report.html").read_text()
+    assert said.encode() in next(tmp_path.glob("events*")).read_bytes()
+
+
 def test_an_action_on_many_layers_is_one_mark_and_other_topics_none() -> None:
     table = pd.DataFrame(
         {"step": [3, 3, 1], "layer": ["a", "b", "a"], "text": ["x", "x", "w"], "cause": ["y", "y", "v"]}
