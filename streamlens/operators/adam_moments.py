@@ -53,7 +53,7 @@ def adam_moments(
     On another stream the moments are of the frames that come: put `every()` behind.
 
     The input is raw `weight_gradients` and `weight_updates`, which a Lens selects itself, of any shape. t
-    counts a layer's gradients since it was first seen. A gradient with an element that is not finite is
+    counts a layer's gradients since it was first seen. A gradient with a NaN or an infinite element is
     counted and left out as a whole (as an optimizer under a gradient scaler leaves it out): moments and t
     stay as they are. The cost at each step is two copies of the gradients' size kept (and saved), and three
     passes over them; where given, two passes for each moment's mean, variance and norm and a selection

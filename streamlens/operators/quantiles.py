@@ -19,8 +19,9 @@ Common to all: input is any topic, of any shape and real or complex type (of a c
 imaginary parts are elements), half precision and whole numbers widened first. The value has the
 elements' unit, float32, or float64 where the values are. It is interpolated linearly between
 neighbours, as NumPy's `quantile` does by default; between a finite and an infinite neighbour it is
-infinite. NaN if an element that is read is NaN, or if there is none. Order statistics of parts do not
-merge into those of the whole.
+infinite. NaN if an element that is read is NaN, or if there is none. The cost is a copy and a selection or
+sort of the tensor, or the reading of k elements with `sample=k`, and no wait for a GPU. Order statistics
+of parts do not merge into those of the whole.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def ratio(a: str, b: str, *, order: float = 2) -> Operator:
 
     The result is topic `<a>_to_<b>`, such as `weight_gradients_to_weights`, with `.norm1` and the like
     appended for other orders than 2; at least 0. Where the norm of `b` is zero it is NaN, never inf.
-    NaN passes through. On a Lens both norms are shared with whoever else asks for them; the rest is
-    three operations on one number a layer, and nothing waits for a GPU.
+    NaN passes through. The cost is one pass over each tensor, on a Lens shared with whoever else asks for
+    the norms, and three operations on one number a layer; nothing waits for a GPU.
 
     Args:
         a: The topic above the line.

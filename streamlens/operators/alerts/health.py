@@ -72,6 +72,7 @@ def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
     ReLU there) is left out, and `lens.explain()` says which and why. On a stream of frames, such as a stored
     run's, rules look at the topics that come. What they cost is in `benchmarks/README.md`, how well they work
     in `docs/alerts.md`. Values on a GPU are judged when their copy has arrived, without waiting.
+    NaN is told by `nonfinite_values`; the other rules leave it out.
 
     Args:
         *rules: Rules with other thresholds, in place of the default ones of the same name, or beside

@@ -94,7 +94,7 @@ def poor_initialisation(
 
     The topic is `alerts.poor_initialisation`, and `meta["phase"]` says which way. It looks once: its
     alert does not end. Cost: two passes over the outputs and one over their gradients, at step 0 alone.
-    Source: Glorot and Bengio 2010; He et al. 2015.
+    NaN is left out. Source: Glorot and Bengio 2010; He et al. 2015.
 
     Args:
         forward: The band of the outputs' standard deviations relative to the first layer's.

@@ -65,8 +65,8 @@ def dead_units(*, share: float = 0.8, every: int = 10, start: tuple[int, int] = 
     last layers of a deep network, whose units hardly differ between examples at first, half of them are
     zero (`docs/alerts.md`), which is why the default is well above that, in three looks.
 
-    The topic is `alerts.dead_units`. Cost: one pass over these outputs. Source: Lu et al. 2019, Dying
-    ReLU and Initialization.
+    The topic is `alerts.dead_units`. Cost: one pass over these outputs. NaN counts as alive. Source: Lu
+    et al. 2019, Dying ReLU and Initialization.
 
     Args:
         share: Which share of a layer's units may be zero.
@@ -125,8 +125,8 @@ def saturated_units(
     layer, whose outputs are meant to be near their bounds. By default initialisation the share is
     near 0, and in ordinary runs below a half (`docs/alerts.md`).
 
-    The topic is `alerts.saturated_units`. Cost: one pass over these outputs. Source: Glorot and Bengio
-    2010.
+    The topic is `alerts.saturated_units`. Cost: one pass over these outputs. NaN counts as not
+    saturated. Source: Glorot and Bengio 2010.
 
     Args:
         share: Which share of a layer's outputs may lie at the bounds.
