@@ -37,7 +37,7 @@ def main() -> None:
     print(f"  streamlens   +{resnet['streamlens'].over:6.2%}  (at most 0.5%)")
     watched = health.mlp_health(10 if quick else 40)
     print(
-        f"health() on the MLP: +{watched['health'].over:.1%}; all of it every 10 steps: "
+        f"health() on the MLP: +{watched['health'].over:.1%}; outputs at every tenth step only: "
         f"+{watched['sparser'].over:.1%}"
     )
     print(f"health() on the ResNet18: +{health.resnet_health(1 if quick else 3)['health'].over:.1%}")
