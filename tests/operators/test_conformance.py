@@ -1,4 +1,4 @@
-"""What every exported metric and rule promises: where it works, all layers at once, odd tensors, its words."""
+"""What every exported metric and rule promises: where it works, all layers at once, odd tensors, words."""
 
 from __future__ import annotations
 
