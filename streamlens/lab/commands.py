@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,17 @@ class RatioMode(enum.StrEnum):
 
     BASE = "base"
     CURRENT = "current"
+
+
+def _told(subsample: int, threads: int, health: bool) -> dict[str, Any]:
+    """What a run's metadata say of how it was recorded."""
+    import torch
+
+    from streamlens.operators.alerts.health import default_rules
+    from streamlens.views.alerts import RULES
+
+    rules = {RULES: ", ".join(default_rules())} if health else {}
+    return {"subsample": subsample, "threads": threads, "torch": torch.__version__, **rules}
 
 
 def _known(kind: str, names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
@@ -293,7 +304,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         measure=measure,
-        metadata={"subsample": subsample, "threads": threads, "torch": torch.__version__},
+        metadata=_told(subsample, threads, health),
     )
     try:
         texts = [*(["hessian_eigenvalues"] if hessian else []), *(metric or [])]

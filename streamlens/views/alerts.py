@@ -16,7 +16,10 @@ from streamlens.views.theme import ALERT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PREFIX", "Alert", "alert_list", "alerts", "with_marks"]
+__all__ = ["PREFIX", "RULES", "Alert", "alert_list", "alerts", "no_alerts", "with_marks"]
+
+RULES: Final = "alert_rules"
+"""The entry of a run's metadata that names the alert rules which were on, with commas in between."""
 
 PREFIX: Final = "alerts."
 """How the topics of alerts begin."""
@@ -131,6 +134,21 @@ def alert_list(found: Sequence[Alert], model: str = "") -> str:
         f'<section class="card alerts">\n<h3>Alerts{html.escape(of)}</h3>\n'
         "<p>Where rules found something wrong; charts mark these steps with a triangle.</p>\n"
         f"<ol>\n{items}\n</ol>{rest}\n</section>"
+    )
+
+
+def no_alerts(rules: str, steps: int) -> str:
+    """The section of a page about a run in which rules found nothing.
+
+    Args:
+        rules: The rules, as the run's metadata name them.
+        steps: The steps of the run.
+    """
+    named = html.escape(rules.replace("_", " "))
+    return (
+        '<section class="card alerts">\n<h3>Alerts</h3>\n'
+        f"<p>No alert in {steps:,} step{'s' * (steps != 1)}. Rules asked for: {named}; those for which "
+        "the run has nothing to look at were left out.</p>\n</section>"
     )
 
 

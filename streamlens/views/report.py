@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamlens.runs import read_run
-from streamlens.views.alerts import alert_list
+from streamlens.views.alerts import RULES, alert_list, no_alerts
 from streamlens.views.sections import ModelRows, ReadableRun, Section, read_models, sections
 from streamlens.views.summary import Tile, last_step, tiles, time_span
 from streamlens.views.theme import vega_config
@@ -91,7 +91,8 @@ def _page(run: ReadableRun) -> str:
         settings=_settings(settings),
         tiles=_tiles(tiles(models)),
         hint=_HINT if found else "",
-        alerts="\n".join(alert_list(model.alerts, model.name) for model in models),
+        alerts="\n".join(alert_list(model.alerts, model.name) for model in models).strip()
+        or _quiet(run.metadata, last),
         sections="\n".join(_sections(found)) if found else _EMPTY,
         missing=_missing(models) if found else "",
         charts=_json(charts),
@@ -124,9 +125,16 @@ def _policy(*scripts: str) -> str:
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
+def _quiet(metadata: Mapping[str, Any], last: int) -> str:
+    """What a page says of alerts where rules were on and none came."""
+    rules = str(metadata.get(RULES) or "")
+    return no_alerts(rules, last + 1) if rules else ""
+
+
 def _heading(metadata: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The page's title, and what else is known about the run as (name, value)."""
     flat = dict(_flatten(metadata))
+    flat.pop(RULES, None)
     model, data = flat.pop("model", ""), flat.pop("dataset", "")
     title = f"{model or 'Training run'} on {data}" if data else model or "Training run"
     return title, list(flat.items())

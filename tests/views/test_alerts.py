@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from streamlens.views.alerts import Alert, alert_list, alerts, with_marks
+from streamlens.views.alerts import RULES, Alert, alert_list, alerts, no_alerts, with_marks
 from streamlens.views.loss import loss
-from streamlens.views.report import write_report
+from streamlens.views.report import _heading, _quiet, write_report
 from streamlens.views.theme import ALERT
 from tests.views.fakes import FakeRun, count_pixels, draw, rows, tables
 
@@ -82,6 +82,15 @@ def test_the_list_has_rule_severity_steps_and_sentence_and_no_markup_from_the_ru
     assert 'class="warning"' in alert_list([Alert(1, "r", "made up", ("",), "t")])
     assert "And 40 more." in alert_list(found * 100)
     assert alert_list([]) == ""
+
+
+def test_a_run_without_alerts_says_which_rules_were_on_and_for_how_long() -> None:
+    page = no_alerts("dead_units, <b>", 1200)
+    assert "No alert in 1,200 steps. Rules asked for: dead units, &lt;b&gt;;" in page
+    assert _quiet({RULES: "loss_spike"}, 0) == no_alerts("loss_spike", 1)
+    assert "1 step." in no_alerts("loss_spike", 1)
+    assert _quiet({}, 99) == ""
+    assert _heading({"model": "m", RULES: "loss_spike", "seed": 1}) == ("m", [("seed", "1")])
 
 
 def test_a_chart_is_marked_where_an_alert_started() -> None:

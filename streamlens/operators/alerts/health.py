@@ -24,7 +24,7 @@ from streamlens.operators.alerts.units import dead_units, saturated_units
 from streamlens.operators.alerts.updates import ratio_out_of_band, unchanged_weights
 from streamlens.stream import Operator
 
-__all__ = ["RULES", "health"]
+__all__ = ["RULES", "default_rules", "health"]
 
 _LATER: Final = (100, 20)
 """What is made of updates is looked at every tenth step at first, from this step on at every twentieth."""
@@ -52,6 +52,11 @@ RULES: Final[Sequence[Callable[[], Rule]]] = (
 What is dear (a pass over all gradients; a copy of all weights, and the update made of it) is looked at
 as seldom as the delays of `docs/alerts.md` allow.
 """
+
+
+def default_rules() -> tuple[str, ...]:
+    """The names of the rules that `health()` has on wherever a run has what they look at."""
+    return tuple(rule.name for rule in (make() for make in RULES) if rule.cheap)
 
 
 def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
