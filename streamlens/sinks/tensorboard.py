@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import numpy as np
-
 from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
+from streamlens.sinks._histograms import Histogram, histogram_of
 from streamlens.sinks._names import ANY_TEXT
-from streamlens.sinks._values import drawn_edges, host_values, stacked_values
+from streamlens.sinks._values import host_values, stacked_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorBoard"]
 
-_BINS: Final = 64
 _TEMPLATES: Final = 512
 """How many event templates are kept; fewer sets of layers are alive at a time."""
 
@@ -164,64 +162,23 @@ class TensorBoard(Sink):
         tag = ANY_TEXT.join(frame.topic, layer)
         if value.ndim == 0:
             summary.value.add(tag=tag, simple_value=float(value))
-        elif value.ndim == 1 and len(value) == len(frame.components):
-            edges = drawn_edges(frame.components)
-            if edges is not None:
-                self._add_counts(summary, frame, layer, edges, value.astype(np.float64))
-                return
+        elif value.shape == (len(frame.components),) and bin_edges(frame.components) is None:
             for name, number in zip(frame.components, value.tolist(), strict=True):
                 summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, name), simple_value=number)
         else:
-            elements = value.astype(np.float64).ravel()
-            finite = elements[np.isfinite(elements)]
-            if finite.size:
-                summary.value.add(tag=tag, histo=self._bins(finite))
-            if finite.size < elements.size:
-                missing = elements.size - finite.size
+            bins, missing = histogram_of(value, frame.components)
+            if bins is not None:
+                summary.value.add(tag=tag, histo=self._histogram_proto(bins))
+            if missing > 0:
                 summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, "non_finite"), simple_value=missing)
 
-    def _add_counts(
-        self, summary: Any, frame: Frame, layer: str, edges: NDArray[np.float64], counts: NDArray[np.float64]
-    ) -> None:
-        """Counts in bins: an interval a bin, but for both infinities and NaN."""
-        missing = float(counts[0] + counts[-2:].sum())
-        counts = counts[1:-2]
-        held = np.flatnonzero(counts > 0)
-        if held.size and np.isfinite(counts).all():
-            shown = slice(held[0], held[-1] + 1)
-            edges, counts = edges[shown], counts[shown]
-            middles = edges.mean(axis=1)
-            histogram = self._histogram(
-                min=edges[0, 0],
-                max=edges[-1, 1],
-                num=counts.sum(),
-                sum=np.dot(counts, middles),
-                sum_squares=np.dot(counts, middles**2),
-                bucket_limit=edges[:, 1].tolist(),
-                bucket=counts.tolist(),
-            )
-            summary.value.add(tag=ANY_TEXT.join(frame.topic, layer), histo=histogram)
-        if missing > 0:
-            summary.value.add(tag=ANY_TEXT.join(frame.topic, layer, "non_finite"), simple_value=missing)
-
-    def _bins(self, elements: NDArray[np.float64]) -> Any:
-        least, greatest = float(elements.min()), float(elements.max())
-        # Halves, because the width of all finite numbers is not finite itself.
-        edges = 2 * np.linspace(least / 2, greatest / 2, _BINS + 1)
-        edges[0], edges[-1] = least, greatest
-        if np.all(np.diff(edges) > 0):
-            counts, limits = np.histogram(elements, bins=edges)[0].tolist(), edges[1:].tolist()
-        else:
-            counts, limits = [elements.size], [greatest]
-        # Sums of numbers near the limit may be infinite, and are written so.
-        with np.errstate(over="ignore", invalid="ignore"):
-            total, squares = float(elements.sum()), float(np.dot(elements, elements))
+    def _histogram_proto(self, bins: Histogram) -> Any:
         return self._histogram(
-            min=least,
-            max=greatest,
-            num=elements.size,
-            sum=total,
-            sum_squares=squares,
-            bucket_limit=limits,
-            bucket=counts,
+            min=bins.edges[0],
+            max=bins.edges[-1],
+            num=bins.counts.sum(),
+            sum=bins.total,
+            sum_squares=bins.squares,
+            bucket_limit=bins.edges[1:].tolist(),
+            bucket=bins.counts.tolist(),
         )

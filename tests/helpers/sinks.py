@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from reactivex.subject import Subject
 
 from streamlens.delivery import Delivery, SinkStats
 from streamlens.frame import Frame
@@ -53,3 +54,13 @@ class Connected:
         """The sink's counters."""
         (stats,) = self.delivery.stats().values()
         return stats
+
+
+def reduced(frame: Frame, *operators: Any) -> Frame:
+    """What a chain of operators makes of a frame."""
+    source: Subject[Frame] = Subject()
+    seen: list[Frame] = []
+    source.pipe(*operators).subscribe(seen.append)
+    source.on_next(frame)
+    (found,) = seen
+    return found

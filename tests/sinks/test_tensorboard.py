@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reactivex.subject import Subject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
@@ -138,17 +136,6 @@ def test_histograms_show_what_is_finite_and_count_the_rest(tmp_path: Path) -> No
     assert scalars(events, "weights/a/non_finite") == [(0, 2.0)]
     assert scalars(events, "weights/b/non_finite") == [(0, 2.0)]
     assert events.Tags()["histograms"] == ["weights/a"]
-
-
-@given(
-    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30),
-)
-@settings(max_examples=40, deadline=None)
-def test_bins_hold_every_element_whatever_its_size(elements: list[float]) -> None:
-    histogram = TensorBoard("unused")._bins(np.array(elements))
-    assert sum(histogram.bucket) == len(elements)
-    assert histogram.bucket_limit[-1] == histogram.max == max(elements)
-    assert list(histogram.bucket_limit) == sorted(set(histogram.bucket_limit))
 
 
 def test_unnamed_vectors_are_histograms_too(tmp_path: Path) -> None:
