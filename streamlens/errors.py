@@ -17,6 +17,7 @@ __all__ = [
     "UnknownTopicError",
     "UnmergeableError",
     "did_you_mean",
+    "missing_package",
 ]
 
 
@@ -69,6 +70,17 @@ class SinkError(StreamlensError, RuntimeError):
         super().__init__(message)
         self.retry = retry
         self.after = after
+
+
+def missing_package(user: str, package: str, extra: str) -> ImportError:
+    """The error of something that lacks a package which is not always installed.
+
+    Args:
+        user: What needs it.
+        package: The package.
+        extra: The extra of streamlens that brings it.
+    """
+    return ImportError(f"{user} needs the {package} package: pip install 'streamlens[{extra}]'", name=package)
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from streamlens.sinks.csv import CSV
     from streamlens.sinks.json_lines import JSONLines
     from streamlens.sinks.matplotlib import Matplotlib
+    from streamlens.sinks.mlflow import MLflow
     from streamlens.sinks.parquet import Parquet
+    from streamlens.sinks.prometheus import Prometheus
+    from streamlens.sinks.redis_stream import RedisStream
     from streamlens.sinks.run_store import RunStore
+    from streamlens.sinks.sacred import SacredSink
     from streamlens.sinks.table import Table
     from streamlens.sinks.tensorboard import TensorBoard
+    from streamlens.sinks.wandb import WandB
     from streamlens.sinks.webhook import Webhook
 
 __all__ = [
@@ -25,11 +30,16 @@ __all__ = [
     "Callback",
     "Console",
     "JSONLines",
+    "MLflow",
     "Matplotlib",
     "Parquet",
+    "Prometheus",
+    "RedisStream",
     "RunStore",
+    "SacredSink",
     "Table",
     "TensorBoard",
+    "WandB",
     "Webhook",
 ]
 
@@ -40,10 +50,15 @@ _HOMES: Final = {
     "JSONLines": "streamlens.sinks.json_lines",
     "Matplotlib": "streamlens.sinks.matplotlib",
     "Parquet": "streamlens.sinks.parquet",
+    "MLflow": "streamlens.sinks.mlflow",
+    "Prometheus": "streamlens.sinks.prometheus",
+    "RedisStream": "streamlens.sinks.redis_stream",
     "RunStore": "streamlens.sinks.run_store",
+    "SacredSink": "streamlens.sinks.sacred",
     "Table": "streamlens.sinks.table",
     "TensorBoard": "streamlens.sinks.tensorboard",
     "Webhook": "streamlens.sinks.webhook",
+    "WandB": "streamlens.sinks.wandb",
 }
 
 

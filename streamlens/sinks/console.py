@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from streamlens.errors import missing_package
 from streamlens.frame import Frame, to_numpy
 from streamlens.sink import RunInfo, Sink, ValueKind
 
@@ -67,7 +68,7 @@ class Console(Sink):
         try:
             from rich.console import Console as RichConsole
         except ImportError as error:
-            raise ImportError("Console needs the rich package: pip install streamlens[lab]") from error
+            raise missing_package("Console", "rich", "lab") from error
         self.total = total
         self.max_rows = max_rows
         self.every = every

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from streamlens.errors import missing_package
 from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
@@ -66,9 +67,7 @@ class TensorBoard(Sink):
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.plugins.text import metadata as text_metadata
         except ImportError as error:
-            raise ImportError(
-                "TensorBoard needs the tensorboard package: pip install streamlens[tensorboard]"
-            ) from error
+            raise missing_package("TensorBoard", "tensorboard", "tensorboard") from error
         self.logdir = Path(logdir)
         self.max_latency = flush_secs
         self._protos: Any = event_pb2
