@@ -16,7 +16,7 @@ BROWSERS := chromium chromium-browser google-chrome
 DEMO := runs/demo
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench browser setup clean
+.PHONY: help demo test soak lint format bench programs setup clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits; leaves $(DEMO)/report.html"
@@ -58,7 +58,7 @@ demo: $(VENV)/.lab-installed
 		--learning-rate 3e-3 --ratio --norm --health --train-accuracy --test-accuracy --out $(DEMO)
 
 # Two workers with a thread each: more threads than cores would only wait for each other.
-test: $(VENV)/.dev-installed browser
+test: $(VENV)/.dev-installed programs
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not soak" $(PYTEST_ARGS)
 
 # One worker: the long runs weigh memory.
@@ -77,17 +77,24 @@ format: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	@$(BIN)/python -m benchmarks
 
-browser:
-	@for name in $(BROWSERS); do command -v $$name >/dev/null 2>&1 && exit 0; done; \
+# What tests drive and Debian has: a browser, and the server of the Redis sink.
+programs:
+	@$(call install,chromium,$(BROWSERS),the browser tests)
+	@$(call install,redis-server,redis-server,the tests of the Redis stream)
+
+# $(call install,package,any of these programs will do,what needs it)
+define install
+	for name in $(2); do command -v $$name >/dev/null 2>&1 && exit 0; done; \
 	if ! command -v apt-get >/dev/null 2>&1; then \
-		echo "No browser found, and no apt-get to install one: install Chromium for the browser tests" >&2; \
+		echo "No $(1) found, and no apt-get to install it: install it for $(3)" >&2; \
 		exit 0; \
 	fi; \
-	echo "Installing Chromium for the browser tests"; \
+	echo "Installing $(1) for $(3)"; \
 	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
 	$$as_root apt-get update -qq \
-	&& DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -qq --no-install-recommends chromium >/dev/null \
-	|| echo "Chromium could not be installed: the browser tests will say so" >&2
+	&& DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -qq --no-install-recommends $(1) >/dev/null \
+	|| echo "$(1) could not be installed: $(3) will say so" >&2
+endef
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

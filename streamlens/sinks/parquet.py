@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from streamlens.errors import SinkError
+from streamlens.errors import SinkError, missing_package
 from streamlens.frame import Frame
 from streamlens.runs.lock import try_lock
 from streamlens.sink import RunInfo, Sink
@@ -70,7 +70,7 @@ class Parquet(Sink):
             import pyarrow.compute as pc
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise ImportError("Parquet needs the pyarrow package: pip install streamlens[parquet]") from error
+            raise missing_package("Parquet", "pyarrow", "parquet") from error
         self._pa, self._pc, self._pq = pa, pc, pq
         self.path = self._wanted = Path(path).absolute()
         self.part_rows = part_rows

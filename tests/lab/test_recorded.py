@@ -183,7 +183,7 @@ def test_a_format_that_lacks_its_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     result = streamlens("export", folder / "first" / "run.db", "--to", "parquet")
     assert result.exit_code == 1
-    assert "pip install streamlens[parquet]" in result.output
+    assert "pip install 'streamlens[parquet]'" in result.output
 
 
 def test_an_export_to_tensorboard_is_what_tensorboard_reads(folder: Path) -> None:

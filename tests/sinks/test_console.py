@@ -260,7 +260,7 @@ def test_without_rich_the_constructor_says_what_to_install(monkeypatch: pytest.M
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install streamlens\[lab\]"):
+    with pytest.raises(ImportError, match=r"pip install 'streamlens\[lab\]'"):
         Console()
 
 

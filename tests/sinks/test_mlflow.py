@@ -33,6 +33,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def runs(store: str) -> list[Any]:
     client = MlflowClient(tracking_uri=store)
     experiment = client.get_experiment_by_name("streamlens")
+    assert experiment is not None
     return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]))
 
 

@@ -267,7 +267,7 @@ def test_without_its_package_the_constructor_says_what_to_install(monkeypatch: p
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install streamlens\[parquet\]"):
+    with pytest.raises(ImportError, match=r"pip install 'streamlens\[parquet\]'"):
         Parquet("run")
 
 

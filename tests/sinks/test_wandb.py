@@ -67,7 +67,7 @@ def stored(folder: Path) -> list[Any]:
         paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
         for path in paths:
             for chunk in chunks(path.read_bytes()):
-                record = wandb_internal_pb2.Record()
+                record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
                 record.ParseFromString(chunk)
                 found.append(record)
         ended = sum(record.WhichOneof("record_type") == "exit" for record in found)
