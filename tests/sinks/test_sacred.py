@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import socket
@@ -33,6 +34,16 @@ with warnings.catch_warnings():
 from streamlens.sinks.sacred import SacredSink
 
 MONGOD = shutil.which("mongod")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Sacred sets the root logger's level and handlers and leaves them so."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def experiment(observer: Any) -> Any:
