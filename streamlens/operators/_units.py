@@ -25,7 +25,7 @@ def alive_units(outputs: Tensor, unit_dim: int | None = None) -> Tensor:
         outputs: The outputs of a batch.
         unit_dim: The dimension that counts the units; by the number of dimensions unless given.
     """
-    other = outputs != 0
+    other = _strided(outputs) != 0
     if outputs.ndim == 0:
         return other.reshape(1)
     units = unit_dimension(outputs) if unit_dim is None else unit_dim % outputs.ndim
@@ -80,6 +80,12 @@ class UnitSaturation(Reduction):
     def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shares in [0, 1]; NaN for an output without elements. NaN counts as not saturated."""
         near = self.margin * (self.upper - self.lower)
+        whole = map(_strided, tensors)
         return torch.stack(
-            [((t <= self.lower + near) | (t >= self.upper - near)).float().mean() for t in tensors]
+            [((t <= self.lower + near) | (t >= self.upper - near)).float().mean() for t in whole]
         )
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The tensor with its zeros, which a sparse one leaves out and cannot be compared without."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import streamlens as sl
 from streamlens.frame import Frame, Kind
-from streamlens.operators._units import DeadFraction
+from streamlens.operators._units import DeadFraction, UnitSaturation
 from tests._runs import Recipe, same, train
 from tests.helpers.recording import observed, record
 from tests.operators.support import ragged, resumed, run
@@ -313,3 +313,9 @@ def test_training_is_bit_identical() -> None:
         assert len(got) == 2
 
     assert same(train(recipe), train(recipe, observing))
+
+
+def test_units_of_sparse_tensors_count_their_zeros() -> None:
+    sparse = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]).to_sparse()
+    assert DeadFraction().reduce([sparse]).item() == pytest.approx(1 / 3)
+    assert UnitSaturation(0.0, 2.0).reduce([sparse]).item() == pytest.approx(5 / 6)
