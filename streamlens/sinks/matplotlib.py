@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from streamlens.errors import missing_package
 from streamlens.frame import Frame
 from streamlens.sink import RunInfo, Sink, ValueKind
 from streamlens.sinks._chart import Chart
@@ -79,9 +80,7 @@ class Matplotlib(Sink):
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError(
-                "Matplotlib needs the matplotlib package: pip install streamlens[mpl]"
-            ) from error
+            raise missing_package("Matplotlib", "matplotlib", "mpl") from error
         self._figure: Any = Figure(dpi=_DPI)
         FigureCanvasAgg(self._figure)
         self.path = self._wanted = None if path is None else Path(path).absolute()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import re
@@ -249,19 +248,6 @@ def test_numbers_below_one_are_refused(argument: str) -> None:
     arguments: dict[str, Any] = {argument: 0}
     with pytest.raises(ValueError, match=rf"Console\({argument}=\)"):
         Console(**arguments)
-
-
-def test_without_rich_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("rich"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[lab\]'"):
-        Console()
 
 
 def alert(step: int, state: str, severity: str = "warning") -> Frame:

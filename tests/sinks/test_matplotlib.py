@@ -351,19 +351,6 @@ print("matplotlib.pyplot" in sys.modules)
     assert done.stdout == "False\n"
 
 
-def test_without_its_package_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install streamlens\[mpl\]"):
-        Matplotlib("run.png")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,3 @@ def test_a_name_too_long_for_mlflow_is_left_out_and_said_once(
 def test_frames_to_a_closed_sink_are_an_error(store: str) -> None:
     with pytest.raises(SinkError, match="call open"):
         MLflow(store).write([norms(0, [1.0])])
-
-
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[mlflow\]'"):
-        MLflow()

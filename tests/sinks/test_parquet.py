@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import os
@@ -256,19 +255,6 @@ def test_the_metadata_names_the_run(tmp_path: Path) -> None:
 def test_meta_is_json(tmp_path: Path) -> None:
     written(Parquet(tmp_path / "run"), norms(0, [1.0], meta={"text": "☹", "n": 3}))
     assert json.loads(pd.read_parquet(tmp_path / "run")["meta"][0]) == {"text": "☹", "n": 3}
-
-
-def test_without_its_package_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[parquet\]'"):
-        Parquet("run")
 
 
 def test_rows_of_a_file_are_checked() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-import sys
 import urllib.request
 from collections.abc import Iterator
 
@@ -117,9 +116,3 @@ def test_a_port_that_is_taken_is_reported_and_the_run_goes_on() -> None:
         proxy.on_next(norms(0, [1.0]))
         delivery.close(10)
     assert "pass another port, or 0 for any free one" in reports[0]
-
-
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[prometheus\]'"):
-        Prometheus()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import struct
 from collections.abc import Sequence
@@ -231,19 +230,6 @@ def test_a_sink_subscribed_again_goes_on_in_a_new_file(tmp_path: Path) -> None:
         sink.close()
     assert len(list(tmp_path.iterdir())) == 2
     assert scalars(read(tmp_path), "norm/layer0") == [(0, 0.0), (1, 1.0)]
-
-
-def test_without_its_package_the_constructor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("tensorboard"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[tensorboard\]'"):
-        TensorBoard("runs")
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])

@@ -291,10 +291,3 @@ def test_a_stream_of_somebody_else_is_an_error(server: RedisServer, stream: str)
 def test_bad_arguments_are_errors_at_the_call(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("make", [RedisStream, redis])
-def test_without_the_package_it_says_how_to_get_it(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ImportError, match=r"pip install 'streamlens\[redis\]'"):
-        make()
