@@ -110,7 +110,11 @@ def _draw_bars(panel: Any, topic: str, bars: dict[str, Bars]) -> None:
         # Logarithmic bins, on both sides of zero: four decades of them, the rest as one stretch.
         largest = max(float(np.abs(bars[layer].edges).max()) for layer in shown)
         panel.set_xscale("symlog", linthresh=largest / _DECADES)
-        panel.xaxis.get_major_locator().set_params(numticks=7)
+        # Zero and every second decade beyond the linear stretch: more would run into each other.
+        highest = math.floor(math.log10(largest))
+        lowest = math.ceil(math.log10(largest / _DECADES)) + 1
+        marks = [10.0**decade for decade in range(highest, lowest - 1, -2)]
+        panel.set_xticks([*(-mark for mark in marks), 0.0, *marks])
     missing = sum(bar.missing for bar in bars.values())
     few += f", {missing:,} not finite" if missing else ""
     latest = max((bars[layer].step for layer in shown), default=0)
