@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from benchmarks import delivery, health, hessian, overhead, run_store, spectral
+from benchmarks import delivery, distributed, health, hessian, overhead, run_store, spectral
 
 __all__ = ["main"]
 
@@ -60,6 +60,8 @@ def main() -> None:
         print(
             f"handing a frame to {key}: {value:.1f} us" + ("  (at most 20)" if "CPU, 99% of" in key else "")
         )
+    for name, message in distributed.measure(2, "FSDP2").items():
+        print(f"FSDP2 on 2 ranks, 200 parameters, {name}: {message['bytes']:,.0f} bytes a sampled step")
     for key, value in run_store.run().items():
         print(f"run store, {key}: {value:,.1f}")
     for key, value in run_store.chart(20_000 if quick else 100_000).items():

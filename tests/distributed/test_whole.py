@@ -107,6 +107,11 @@ def test_what_is_subscribed_later_begins_and_ends_at_one_step_on_all(found: Foun
     assert mine["demands"] == other["demands"] == 1  # what was disposed of is not taken on any rank
 
 
+def test_a_message_has_a_header_and_a_few_numbers_a_layer(found: Found) -> None:
+    # The mean of three layers' activations: their sums and counts, and who had something not finite.
+    assert [rank["subscribed_on_rank_0"]["sent"] for rank in found] == [8 * (6 + 3 * (2 + 1))] * 2
+
+
 def test_micro_steps_are_merged_each_and_averaged_at_the_update(found: Found) -> None:
     data = batches(6, (5, 3))
     model, losses = model_of(), []

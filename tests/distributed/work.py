@@ -158,8 +158,9 @@ def subscribed_on_rank_0() -> Found:
         if dist.get_rank() == 0:
             late.dispose()
         fit(model, data[35:], lens, optimizer)
-        demands = len(lens.source.demands)
-    return {"frames": frames, "errors": errors, "demands": demands}
+        source: Any = lens.source
+        demands, sent = len(source.demands), source.exchange.sent
+    return {"frames": frames, "errors": errors, "demands": demands, "sent": sent}
 
 
 def micro_steps() -> Found:
