@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from benchmarks import delivery, distributed, health, hessian, overhead, run_store, spectral
+from benchmarks import delivery, distributed, health, hessian, overhead, replay, run_store, spectral
 
 __all__ = ["main"]
 
@@ -66,6 +66,7 @@ def main() -> None:
         print(f"run store, {key}: {value:,.1f}")
     for key, value in run_store.chart(20_000 if quick else 100_000).items():
         print(f"run store, {key}: {value:,.0f}  (at most 200)")
+    print(f"replayed frames/s: {replay.run(rounds=3 if quick else 10):,.0f}  (at least 100,000)")
 
 
 def _processor() -> str:

@@ -21,8 +21,8 @@ __all__ = ["run"]
 _FRAMES = 50_000
 
 
-def run(layers: int = 8) -> float:
-    """Frames of a reduced topic that a replay delivers to a callable in a second; best of three."""
+def run(layers: int = 8, rounds: int = 10) -> float:
+    """Frames of a reduced topic that a replay delivers to a callable in a second; best of some rounds."""
     names = tuple(f"blocks.{i}" for i in range(layers))
     values = torch.randn(_FRAMES, layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -33,7 +33,7 @@ def run(layers: int = 8) -> float:
         store.close()
         best = 0.0
         with sl.replay(path) as replay:
-            for _ in range(3):
+            for _ in range(rounds):
                 replay.pipe(sl.norm("weights")).subscribe(lambda _: None)
                 begin = time.process_time()
                 replay.play()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import numpy as np
 import torch
@@ -64,26 +64,8 @@ class Lease:
         self._cells.clear()
 
 
-class Frame:
-    """One topic at one step, with all its layers. Immutable.
-
-    Attributes:
-        topic: What the values are, such as `"weights"` or `"uw_ratio.ema"`.
-        step: The optimizer update, counted from 0, that the values belong to.
-        layers: The qualified module (or parameter) names, in model order; `("",)` is the model.
-        values: A tuple of tensors, one a layer, of any shapes (raw artifacts), or one tensor
-            whose first dimension is the layer (reduced values).
-        epoch: The epoch the step lies in, counted from 0.
-        micro_step: The forward/backward pass within the step, counted from 0.
-        components: Names of the second dimension of stacked values (losses, quantiles, bins).
-        meta: A small mapping of whatever goes with the frame, such as an alert's sentence.
-        kind: How often this topic yields a frame.
-        source: The name given to `observe(model, name=...)`, or `""`.
-
-    Stacked values own their memory and may be kept. Raw values are the model's own tensors: they
-    may be read during delivery only, and reading them later raises `ExpiredFrameError`. To keep
-    one, clone it in the callback, or keep `frame.clone()`.
-    """
+class _Fields:
+    """What a frame consists of, while it is being made."""
 
     __slots__ = (
         "_cell",
@@ -113,8 +95,32 @@ class Frame:
     _cell: list[tuple[Tensor, ...] | None] | None
     _lease: Lease | None
 
-    def __init__(
-        self,
+
+class Frame(_Fields):
+    """One topic at one step, with all its layers. Immutable.
+
+    Attributes:
+        topic: What the values are, such as `"weights"` or `"uw_ratio.ema"`.
+        step: The optimizer update, counted from 0, that the values belong to.
+        layers: The qualified module (or parameter) names, in model order; `("",)` is the model.
+        values: A tuple of tensors, one a layer, of any shapes (raw artifacts), or one tensor
+            whose first dimension is the layer (reduced values).
+        epoch: The epoch the step lies in, counted from 0.
+        micro_step: The forward/backward pass within the step, counted from 0.
+        components: Names of the second dimension of stacked values (losses, quantiles, bins).
+        meta: A small mapping of whatever goes with the frame, such as an alert's sentence.
+        kind: How often this topic yields a frame.
+        source: The name given to `observe(model, name=...)`, or `""`.
+
+    Stacked values own their memory and may be kept. Raw values are the model's own tensors: they
+    may be read during delivery only, and reading them later raises `ExpiredFrameError`. To keep
+    one, clone it in the callback, or keep `frame.clone()`.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
         topic: str,
         step: int,
         layers: Sequence[str],
@@ -127,34 +133,44 @@ class Frame:
         kind: Kind = Kind.STEP,
         source: str = "",
         lease: Lease | None = None,
-    ) -> None:
+    ) -> Self:
+        """Make a frame; what is no tuple yet becomes one.
+
+        Raises:
+            ValueError: There are not as many values as layers.
+        """
         layers = layers if type(layers) is tuple else tuple(layers)
-        if not isinstance(values, Tensor):
+        if isinstance(values, Tensor):
+            length = values.shape[0] if values.ndim else -1
+        else:
             values = values if type(values) is tuple else tuple(values)
-        length = (values.shape[0] if values.ndim else -1) if isinstance(values, Tensor) else len(values)
+            length = len(values)
         if length != len(layers):
             shape = tuple(values.shape) if isinstance(values, Tensor) else f"{length} tensors"
             raise ValueError(
                 f"frame of {topic!r}: {len(layers)} layers but values of {shape}; "
                 "pass one tensor a layer, or a tensor whose first dimension is the layer"
             )
-        put = object.__setattr__
-        put(self, "topic", topic)
-        put(self, "step", step)
-        put(self, "epoch", epoch)
-        put(self, "micro_step", micro_step)
-        put(self, "layers", layers)
-        put(self, "components", components if type(components) is tuple else tuple(components))
-        put(self, "meta", MappingProxyType(dict(meta)) if meta else _NO_META)
-        put(self, "kind", kind)
-        put(self, "source", source)
-        put(self, "_lease", lease)
+        made = object.__new__(_Fields)
+        made.topic = topic
+        made.step = step
+        made.layers = layers
+        made.epoch = epoch
+        made.micro_step = micro_step
+        made.components = components if type(components) is tuple else tuple(components)
+        made.meta = MappingProxyType(dict(meta)) if meta else _NO_META
+        made.kind = kind
+        made.source = source
+        made._lease = lease
         if lease is None:
-            put(self, "_values", values)
-            put(self, "_cell", None)
+            made._values = values
+            made._cell = None
         else:
-            put(self, "_values", None)
-            put(self, "_cell", lease.hold(cast("tuple[Tensor, ...]", values)))
+            made._values = None
+            made._cell = lease.hold(cast("tuple[Tensor, ...]", values))
+        # From here on immutable. Getting past `__setattr__` twelve times instead doubles a frame's cost.
+        made.__class__ = cls
+        return cast("Self", made)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Frame is immutable: cannot set {name!r}; use frame.replace({name}=...)")

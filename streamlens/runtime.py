@@ -113,7 +113,8 @@ class Runtime:
         try:
             while self._queue:
                 self._queue.popleft()()
-                self._deliver_derived()
+                if self._derived_burst:
+                    self._deliver_derived()
         except BaseException:
             # Interrupted: what waits would come with values of a later moment.
             self.counts["interrupted"] += len(self._queue)
@@ -121,9 +122,8 @@ class Runtime:
             raise
         finally:
             self._draining = False
-            leases, self._leases = self._leases, []
-            for lease in leases:
-                lease.end()
+            while self._leases:
+                self._leases.pop().end()
             if self._delivery is not None:
                 self._delivery.end_burst()
 

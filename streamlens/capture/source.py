@@ -70,6 +70,8 @@ class Source(Provider):
         self.inherited = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
+        # Whether every demand is due from now on at every step.
+        self._steady = False
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
@@ -170,13 +172,18 @@ class Source(Provider):
     @property
     def due_now(self) -> tuple[Demand, ...]:
         """The demands that want frames of the open step."""
-        if self._due_step != self.clock.step:
-            self._due_step = self.clock.step
-            due = tuple(
-                d for d in self.demands if d.view.due(self._due_step) and self.exchange.admits(d.view)
-            )
-            # The same demands give the same tuple, which is what plans are kept under.
-            self._due = due if due != self._due else self._due
+        step = self.clock.step
+        if step == self._due_step or (self._steady and self._due_step >= 0):
+            self._due_step = step
+            return self._due
+        self._due_step = step
+        admits = self.exchange.admits
+        due = tuple([d for d in self.demands if d.view.due(step) and admits(d.view)])
+        # The same demands give the same tuple, which is what plans are kept under.
+        self._due = due if due != self._due else self._due
+        self._steady = isinstance(self.exchange, Alone) and all(
+            d.view.every == 1 and d.view.start <= step and d.view.stop is None for d in self.demands
+        )
         return self._due
 
     @property
@@ -247,8 +254,8 @@ class Source(Provider):
                 self.mark(mark)
             if lease is not None:
                 self.lend(lease)
+            self.counts["emitted"] += len(frames)
             for demands, frame in frames:
-                self.counts["emitted"] += 1
                 for demand in demands:
                     self._hand(demand, frame)
 

@@ -236,7 +236,7 @@ def frame_of(
         epoch=epoch,
         micro_step=micro_step,
         components=layout.components,
-        meta=json.loads(meta) if meta else None,
+        meta=None if meta is None else json.loads(meta),
         kind=layout.kind,
         source=layout.source,
     )

@@ -301,7 +301,7 @@ class Run:
     def reading(self) -> Iterator[Reading]:
         """Everything read inside is of one moment, whatever another process writes meanwhile."""
         with self._reading():
-            yield Reading(self._db, {t: (n, layouts_of(self._db, n)) for t, n in self._topics().items()})
+            yield Reading(self._db, self._topics())
 
     def close(self) -> None:
         """Free the file; once is enough."""

@@ -33,15 +33,20 @@ def layouts_of(db: sqlite3.Connection, topic: int) -> dict[int, Layout]:
 
 
 class Reading:
-    """The rows of a run, at one moment."""
+    """The rows of a run, at one moment.
 
-    def __init__(self, db: sqlite3.Connection, topics: Mapping[str, tuple[int, dict[int, Layout]]]) -> None:
+    Args:
+        db: Where they are read.
+        numbers: The numbers of the run's topics.
+    """
+
+    def __init__(self, db: sqlite3.Connection, numbers: Mapping[str, int]) -> None:
         self._db = db
-        self._topics = topics
+        self._numbers = numbers
 
     def topics(self) -> Mapping[str, tuple[int, dict[int, Layout]]]:
         """The number and the layouts of each topic."""
-        return self._topics
+        return {topic: (number, layouts_of(self._db, number)) for topic, number in self._numbers.items()}
 
     def steps(self, topics: Sequence[int]) -> tuple[int, int]:
         """The first and the last step of some topics; (0, -1) where there is none."""
@@ -53,13 +58,6 @@ class Reading:
         known = [step for step in found if step is not None]
         return (min(known), max(known)) if known else (0, -1)
 
-    def rows(self, topics: Sequence[int], start: int, stop: int) -> list[tuple[Any, ...]]:
-        """The rows of some topics in `[start, stop)`: the topic's number, then what `checked_row` takes."""
-        found: list[tuple[Any, ...]] = []
-        for topic in topics:
-            found += self._db.execute(
-                "SELECT topic, step, micro_step, sequence, epoch, wall_time, layout, meta, data, checksum "
-                "FROM frames WHERE topic = ? AND step >= ? AND step < ?",
-                (topic, start, stop),
-            )
-        return found
+    def rows(self, topic: int, start: int, stop: int) -> list[tuple[Any, ...]]:
+        """The rows of a topic at the steps in `[start, stop)`, as `checked_row` takes them."""
+        return self._db.execute(f"{FRAMES} AND step >= ? AND step < ?", (topic, start, stop)).fetchall()

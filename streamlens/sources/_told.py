@@ -19,8 +19,12 @@ from streamlens.reductions import Reduction
 __all__ = ["ToldSource"]
 
 Selectors: TypeAlias = tuple[LayerSelector, ...]
-Wish: TypeAlias = tuple[Selectors, Reduction | None, list[Demand]]
-"""What of a topic is wanted, and by whom."""
+Whole: TypeAlias = tuple[Selectors, list[Demand]]
+"""Layers wanted of a topic as it is, and by whom."""
+Reduced: TypeAlias = tuple[Selectors, Reduction, list[Demand]]
+"""Layers of which a reduction is wanted, and by whom."""
+Wishes: TypeAlias = tuple[list[Whole], list[Reduced]]
+"""What is wanted of a topic."""
 
 _MODEL: Final = ("",)
 _MOST_KEPT: Final = 1024
@@ -38,14 +42,14 @@ class ToldSource(Source):
         super().__init__(name, on_error)
         self._begun = False
         self._updated: set[str] = set()
-        self._plans: dict[str, list[Wish]] = {}
+        self._plans: dict[str, Wishes] = {}
         self._planned: tuple[Demand, ...] = ()
         self._kept: dict[tuple[Selectors, tuple[str, ...]], tuple[str, ...]] = {}
 
     @property
     def silent(self) -> bool:
         """Whether nothing is to be emitted now."""
-        return self.closed or self.inert or self.paused > 0
+        return self.paused > 0 or self.closed or self.inert
 
     # -- the clock ---------------------------------------------------------------------------
 
@@ -55,7 +59,7 @@ class ToldSource(Source):
         if self._begun and step == clock.step:
             return
         self.close_step()
-        if step > clock.step > 0:
+        if step > clock.step > 0 and self._marks:
             self.post_mark(Mark(MarkKind.CLOSED, step - 1, clock.epoch))
         clock.step = step
         self._begun = True
@@ -68,23 +72,19 @@ class ToldSource(Source):
         self._begun = False
         self._updated.clear()
         closed = self.clock.close_step()
-        self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
+        if self._marks:
+            self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
 
     def finish_update(self) -> None:
         """The open step has had its update, if nothing has said so yet."""
         if self._begun and not self._updated:
-            self._deliver([], None, self._update(""))
+            self._updated.add("")
+            self._deliver([], None, True)
 
     def end_epoch(self) -> None:
         """The epoch is over, and with it the open step."""
         self.close_step()
         self.announce_epoch()
-
-    def _update(self, source: str) -> Mark:
-        self._updated.add(source)
-        clock = self.clock
-        clock.updated = True
-        return Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step)
 
     # -- delivery ----------------------------------------------------------------------------
 
@@ -95,44 +95,55 @@ class ToldSource(Source):
             frames: Of one source, in the order in which they are to come.
             lease: Under which their values are lent.
         """
-        mark = None
+        updated = False
         for frame in frames:
             if frame.kind is Kind.STEP and frame.source not in self._updated:
-                mark = self._update(frame.source)
-        self._deliver(frames, lease, mark)
+                self._updated.add(frame.source)
+                updated = True
+        self._deliver(frames, lease, updated)
 
-    def _deliver(self, frames: Sequence[Frame], lease: Lease | None, mark: Mark | None) -> None:
+    def _deliver(self, frames: Sequence[Frame], lease: Lease | None, updated: bool) -> None:
+        """Deliver frames and, before them, that the open step has had an update."""
+        clock = self.clock
+        clock.updated = clock.updated or updated
         if self.silent:
             if lease is not None:
                 lease.end()
             return
         out: list[tuple[Sequence[Demand], Frame]] = []
-        for frame in frames:
-            for selectors, reduction, demands in self._wishes(frame.topic):
-                if reduction is None:
-                    selected = self._selected(selectors, frame)
-                    if selected is not None:
-                        out.append((demands, selected))
-            out += self._reduced(frame)
-        if mark is not None and "update_finished" in self.topics:
-            due = [d for d in self.due_now if "update_finished" in d.view.topics]
-            if due:
-                out.append((due, self.frame("update_finished", _MODEL, _number(mark.step))))
-        self.post_frames(out, lease, mark)
-
-    def _wishes(self, topic: str) -> list[Wish]:
         due = self.due_now
         if due is not self._planned:
-            self._planned = due
-            self._plans = {}
-        wishes = self._plans.get(topic)
-        if wishes is None:
-            grouped: dict[tuple[Selectors, Reduction | None], list[Demand]] = {}
-            for demand in due:
-                if topic in demand.view.topics:
-                    key = (demand.view.selectors, demand.view.reduction)
-                    grouped.setdefault(key, []).append(demand)
-            wishes = self._plans[topic] = [(*key, demands) for key, demands in grouped.items()]
+            self._planned, self._plans = due, {}
+        for frame in frames:
+            whole, reduced = self._plans.get(frame.topic) or self._plan(frame.topic)
+            for selectors, demands in whole:
+                selected = self._selected(selectors, frame) if selectors else frame
+                if selected is not None and selected.layers:
+                    out.append((demands, selected))
+            if reduced:
+                out += self._reduced(frame, reduced)
+        mark = None
+        if updated:
+            # Made only where somebody listens: most replays go through many steps without.
+            if self._marks:
+                mark = Mark(MarkKind.UPDATE, clock.step, clock.epoch, clock.micro_step)
+            if "update_finished" in self.topics:
+                told = [d for d in due if "update_finished" in d.view.topics]
+                if told:
+                    out.append((told, self.frame("update_finished", _MODEL, _number(clock.step))))
+        self.post_frames(out, lease, mark)
+
+    def _plan(self, topic: str) -> Wishes:
+        """What is wanted of a topic by the demands that are due."""
+        grouped: dict[tuple[Selectors, Reduction | None], list[Demand]] = {}
+        for demand in self._planned:
+            if topic in demand.view.topics:
+                key = (demand.view.selectors, demand.view.reduction)
+                grouped.setdefault(key, []).append(demand)
+        wishes = self._plans[topic] = (
+            [(selectors, demands) for (selectors, r), demands in grouped.items() if r is None],
+            [(selectors, r, demands) for (selectors, r), demands in grouped.items() if r is not None],
+        )
         return wishes
 
     def _selected(self, selectors: Selectors, frame: Frame) -> Frame | None:
@@ -153,11 +164,8 @@ class ToldSource(Source):
             self._kept[selectors, layers] = kept
         return layers if len(kept) == len(layers) else kept
 
-    def _reduced(self, frame: Frame) -> Iterable[tuple[Sequence[Demand], Frame]]:
+    def _reduced(self, frame: Frame, wishes: Sequence[Reduced]) -> Iterable[tuple[Sequence[Demand], Frame]]:
         """Every reduction wanted of a frame, each computed once, statistics shared between them."""
-        wishes = [(s, r, demands) for s, r, demands in self._wishes(frame.topic) if r is not None]
-        if not wishes:
-            return
         values = dict(frame.items())
         wanted = {s: self._names(s, frame.layers) for s, _, _ in wishes}
         together = frozenset(name for names in wanted.values() for name in names)

@@ -6,16 +6,15 @@ import heapq
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace as with_fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from streamlens.capture.clock import Clock
 from streamlens.capture.view import View
 from streamlens.errors import LayerNotFoundError, StreamlensError, UnknownTopicError, did_you_mean
-from streamlens.frame import Kind
+from streamlens.frame import Frame, Kind
 from streamlens.layers import LayerSelector
 from streamlens.lens import Lens
 from streamlens.reductions import Reduction
@@ -237,20 +236,18 @@ class _ReplaySource(ToldSource):
         self._rewind()
         began, first = time.monotonic(), math.inf
         ended = -1
-        for (step, source, _, kind), group in groupby(self._merged(), _burst):
-            pairs = list(group)
+        for frames, when in _bursts(self._merged()):
             if self._speed is not None:
-                first = min(first, pairs[0][1])
-                wait = (pairs[0][1] - first) / self._speed - (time.monotonic() - began)
+                first = min(first, when)
+                wait = (when - first) / self._speed - (time.monotonic() - began)
                 time.sleep(max(wait, 0.0))
-            frames = [frame for frame, _ in pairs]
-            if kind is Kind.EVENT:
+            start = frames[0]
+            if start.kind is Kind.EVENT:
                 ended = max([ended, *(f.epoch for f in frames if f.topic == "epoch_finished")])
                 frames = [frame for frame in frames if frame.topic != "epoch_finished"]
                 if not frames:
                     continue
-            self._advance(step, source, frames[0].epoch)
-            self.clock.micro_step = frames[0].micro_step
+            self._advance(start)
             self.give(frames)
         self.finish_update()
         if ended >= self.clock.epoch:
@@ -269,13 +266,18 @@ class _ReplaySource(ToldSource):
         if found:
             self.clock.step, self.clock.epoch = min(found)
 
-    def _advance(self, step: int, source: str, epoch: int) -> None:
-        # Epochs of several runs may differ in length: one is over when it is in all of them.
-        self._epochs[source if len(self._runs) > 1 else ""] = epoch
-        if not self._begun or step > self.clock.step:
-            while self.clock.epoch < min(self._epochs.values()):
+    def _advance(self, frame: Frame) -> None:
+        """Go on to where a frame was emitted."""
+        clock, epoch = self.clock, frame.epoch
+        if len(self._runs) > 1:
+            # Epochs of several runs may differ in length: one is over when it is in all of them.
+            self._epochs[frame.source] = epoch
+            epoch = min(self._epochs.values())
+        if not self._begun or frame.step > clock.step:
+            while clock.epoch < epoch:
                 self.end_epoch()
-        self.open_step(step)
+        self.open_step(frame.step)
+        clock.micro_step = frame.micro_step
 
     def _merged(self) -> Iterator[Stored]:
         wanted = self.topics | {"epoch_finished"}
@@ -294,9 +296,24 @@ class _ReplaySource(ToldSource):
         return done
 
 
-def _burst(stored: Stored) -> tuple[int, str, int, Kind]:
-    frame = stored[0]
-    return frame.step, frame.source, frame.micro_step, frame.kind
+def _bursts(stored: Iterable[Stored]) -> Iterator[tuple[list[Frame], float]]:
+    """Frames that were emitted together, each time with when the first of them was."""
+    burst: list[Frame] = []
+    step, micro_step, source, kind, when = -1, -1, "", Kind.STEP, 0.0
+    for frame, wall_time in stored:
+        if (
+            frame.step != step
+            or frame.micro_step != micro_step
+            or frame.source != source
+            or frame.kind is not kind
+        ):
+            if burst:
+                yield burst, when
+            burst, when = [], wall_time
+            step, micro_step, source, kind = frame.step, frame.micro_step, frame.source, frame.kind
+        burst.append(frame)
+    if burst:
+        yield burst, when
 
 
 def _labelled(frames: Iterator[Stored], label: str) -> Iterator[Stored]:
