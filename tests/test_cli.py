@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import html
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -199,6 +201,31 @@ def test_only_the_default_writes_events(show: str, tmp_path: Path) -> None:
     assert "tensorboard" not in result.stdout.lower()
 
 
+def test_a_run_is_shown_in_as_many_ways_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")  # no window, wherever the test runs
+    ways = [argument for way in ("mpl", "csv", "jsonl", "parquet", "tb") for argument in ("-v", way)]
+    result = train(*SHORT, "--ratio", "--histogram", *ways, "--out", tmp_path)
+    assert result.exit_code == 0
+    assert (tmp_path / "charts.png").read_bytes().startswith(b"\x89PNG")
+    with read_run(tmp_path / "run.db") as run:
+        stored = run.dataframe("uw_ratio").sort_values(["step", "layer"])["value"].tolist()
+        topics = set(run.topics)
+    tables = {
+        "csv": pd.read_csv(tmp_path / "run.csv", na_filter=False, dtype={"layer": str}),
+        "parquet": pd.read_parquet(tmp_path / "run.parquet"),
+    }
+    for table in tables.values():
+        rows = table[table["topic"] == "uw_ratio"].sort_values(["step", "layer"])
+        assert rows["value"].tolist() == stored
+        assert set(table["topic"]) == topics
+    lines = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert {json.loads(line)["topic"] for line in lines} == topics
+    for told in (f"Charts: {tmp_path / 'charts.png'}", f"CSV: {tmp_path / 'run.csv'}", "TensorBoard: tens"):
+        assert told in result.stdout
+
+
 def test_the_console_shows_the_topics_watched(tmp_path: Path) -> None:
     quiet = train(*SHORT, "--ratio", "-v", "none", "--out", tmp_path / "none")
     shown = train(*SHORT, "--ratio", "-v", "console", "--out", tmp_path / "console")
@@ -268,7 +295,11 @@ def test_the_help_names_every_model_data_set_and_schedule() -> None:
         (("-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
         (("-o", "SDG"), "unknown optimizer 'SDG': did you mean 'SGD'"),
         (("--schedule", "exp"), "unknown schedule 'exp': did you mean 'exponential'?"),
-        (("-v", "tensorboard"), "'tensorboard' is not one of 'tb', 'console', 'none'"),
+        (
+            ("-v", "tensorboard"),
+            "'tensorboard' is not one of 'tb', 'console', 'mpl', 'csv', 'jsonl', 'parquet'",
+        ),
+        (("-v", "none", "-v", "csv"), "'none' leaves nothing for csv to show: leave one of them out"),
         (("-l", "0"), "0.0 is not a finite number above 0"),
         (("-e", "0"), "Invalid value for '--epochs' / '-e'"),
         (("-b", "0"), "Invalid value for '--batch-size' / '-b'"),

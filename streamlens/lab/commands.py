@@ -30,10 +30,14 @@ app.command()(export)
 
 
 class Visualisation(enum.StrEnum):
-    """Where a run is shown while it trains."""
+    """Where a run is shown while it trains, beside what it always leaves."""
 
     TB = "tb"
     CONSOLE = "console"
+    MPL = "mpl"
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
     NONE = "none"
 
 
@@ -173,13 +177,15 @@ def train(
         typer.Option("--depth", help="Watch the modules at this depth; -1: the leaves.", min=-1),
     ] = -1,
     visualisation: Annotated[
-        Visualisation,
+        list[Visualisation],
         typer.Option(
             "--visualisation",
             "-v",
-            help="Show the run as TensorBoard events, as a table in the console, or not at all.",
+            help="Show the run as TensorBoard events, as a table in the console, as charts of matplotlib (a "
+            "picture, and a window where there is a screen), as rows of CSV, JSON or Parquet, or not at all. "
+            "May be repeated.",
         ),
-    ] = Visualisation.TB,
+    ] = [Visualisation.TB],  # noqa: B006 - typer copies it
     verbose: Annotated[
         bool,
         typer.Option(
@@ -284,6 +290,13 @@ def train(
     from streamlens.lab.session import Session
     from streamlens.lab.trainer import Trainer
 
+    shown = list(dict.fromkeys(entry.value for entry in visualisation))
+    if "none" in shown and len(shown) > 1:
+        others = " and ".join(entry for entry in shown if entry != "none")
+        raise typer.BadParameter(
+            f"'none' leaves nothing for {others} to show: leave one of them out",
+            param_hint="'--visualisation' / '-v'",
+        )
     measure = [
         topic
         for topic, wanted in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy))
@@ -326,9 +339,7 @@ def train(
         trainer.lens.close()
         wrong = "--metric" if isinstance(error, ValueError) else "--depth"
         raise typer.BadParameter(str(error), param_hint=f"'{wrong}'") from None
-    session = Session(
-        trainer, out or default_folder(model, dataset), show=visualisation.value, verbose=verbose
-    )
+    session = Session(trainer, out or default_folder(model, dataset), show=shown, verbose=verbose)
     raise typer.Exit(session.run(streams))
 
 

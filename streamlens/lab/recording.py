@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 from reactivex import Observable
 from reactivex.operators import share
@@ -90,34 +92,38 @@ def default_folder(model: str, dataset: str, root: Path = Path("runs")) -> Path:
 
 
 class Recording:
-    """The folder of a run: `run.db`, TensorBoard events and, in the end, `report.html`.
+    """The folder of a run: `run.db`, what it is shown as and, in the end, `report.html`.
 
     Whatever of it cannot be written is said through `warn` in one line; the rest is.
 
     Args:
         folder: Where; made if it does not exist. A further run in the same folder is added to
-            `run.db`, gets an events folder of its own, and the report shows it.
-        tensorboard: Whether to write events.
+            `run.db`, gets files of its own beside it, and the report shows it.
+        show: As what to show the run: any of `"tb"`, `"mpl"`, `"csv"`, `"jsonl"` and `"parquet"`;
+            others are left to others.
         warn: Receives a line for each thing that cannot be done.
 
     Attributes:
         folder: Where.
         sinks: What to subscribe the run's streams to; empty if nothing can be written.
-        events: The folder of the events, or None.
+        shown: What the run is shown as, by name, and where.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, show: Collection[str], warn: Callable[[str], None]) -> None:
         self.folder = folder
         self.sinks: list[Sink] = []
-        self.events: Path | None = None
+        self.shown: dict[str, Path] = {}
         self._warn = warn
         self.writable = self._make_folder()
         if not self.writable:
             return
         self._add(lambda: sl.sinks.RunStore(self.run_db))
-        if tensorboard:
-            events = self.events = _unused(folder / "tensorboard")
-            self._add(lambda: sl.sinks.TensorBoard(events))
+        for name in show:
+            if name in _SHOWN:
+                title, file, make = _SHOWN[name]
+                path = _unused(folder / file)
+                if self._add(partial(make, path)):
+                    self.shown[title] = path
 
     @property
     def run_db(self) -> Path:
@@ -151,14 +157,30 @@ class Recording:
             return False
         return True
 
-    def _add(self, make: Callable[[], Sink]) -> None:
+    def _add(self, make: Callable[[], Sink]) -> bool:
         try:
             self.sinks.append(make())
         except (OSError, ImportError, StreamlensError) as error:
             self._warn(f"{error}; training goes on without it")
+            return False
+        return True
+
+
+def _charts(path: Path) -> Sink:
+    return sl.sinks.Matplotlib(path, live=sl.sinks.Matplotlib.can_show())
+
+
+_SHOWN: Final[dict[str, tuple[str, str, Callable[[Path], Sink]]]] = {
+    "tb": ("TensorBoard", "tensorboard", lambda path: sl.sinks.TensorBoard(path)),
+    "mpl": ("Charts", "charts.png", _charts),
+    "csv": ("CSV", "run.csv", lambda path: sl.sinks.CSV(path)),
+    "jsonl": ("JSON lines", "run.jsonl", lambda path: sl.sinks.JSONLines(path)),
+    "parquet": ("Parquet", "run.parquet", lambda path: sl.sinks.Parquet(path)),
+}
+"""By the name on the command line: its title, its file and the sink; imported when it is first made."""
 
 
 def _unused(path: Path) -> Path:
     """The path, with a number appended if something is there."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())

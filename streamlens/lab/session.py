@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import streamlens as sl
+from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
 from streamlens.lab.recording import Recording
 from streamlens.lab.trainer import EpochResult, Trainer
+from streamlens.sink import Sink
 
 __all__ = ["Session"]
 
@@ -35,11 +37,14 @@ class Session:
     Args:
         trainer: What to run. Its lens is closed in the end.
         folder: What the run leaves goes here.
-        show: `"tb"` for TensorBoard events, `"console"` for a live table, `"none"`.
+        show: Any of `"tb"` for TensorBoard events, `"console"` for a live table, `"mpl"` for charts of
+            matplotlib, `"csv"`, `"jsonl"` and `"parquet"`; `"none"` is none of them.
         verbose: Print a line an epoch, the tracebacks of failures and, in the end, the plan.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, *, show: str = "tb", verbose: bool = False) -> None:
+    def __init__(
+        self, trainer: Trainer, folder: Path, *, show: Collection[str] = ("tb",), verbose: bool = False
+    ) -> None:
         self.trainer = trainer
         self.folder = folder
         self.show = show
@@ -62,17 +67,13 @@ class Session:
         interrupted = False
         with self._warnings():
             lens.errors.subscribe(lambda _: self._failed())
-            recording = Recording(self.folder, tensorboard=self.show == "tb", warn=self._warn)
+            recording = Recording(self.folder, show=self.show, warn=self._warn)
             sinks = list(recording.sinks)
-            if self.show == "console":
+            if "console" in self.show:
                 sinks.append(sl.sinks.Console(total=self.trainer.steps))
             for stream in streams:
                 for sink in sinks:
-                    if isinstance(stream, sl.Stream):
-                        # Named, since chains with operators of reactivex cannot be told apart by their plan.
-                        stream.subscribe(sink, name=f"{stream.plan_text} in {type(sink).__name__}")
-                    else:
-                        stream.subscribe(sink)
+                    self._subscribe(stream, sink)
             start = time.perf_counter()
             try:
                 self._train()
@@ -92,11 +93,21 @@ class Session:
             return _INTERRUPTED
         return 1 if self._failures else 0
 
+    def _subscribe(self, stream: Observable[Frame], sink: Sink) -> None:
+        try:
+            if isinstance(stream, sl.Stream):
+                # Named, since chains with operators of reactivex cannot be told apart by their plan.
+                stream.subscribe(sink, name=f"{stream.plan_text} in {type(sink).__name__}")
+            else:
+                stream.subscribe(sink)
+        except StreamlensError as error:
+            self._warn(f"{error}; it is left out there")
+
     def _train(self) -> None:
         steps = self.trainer.steps
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # The console sink draws a bar of its own; two live displays would overwrite each other.
-        drawn = self._err.is_terminal and self.show != "console"
+        drawn = self._err.is_terminal and "console" not in self.show
         with Progress(*columns, console=self._err, transient=True, disable=not drawn) as progress:
             task = progress.add_task("training", total=steps)
 
@@ -127,8 +138,10 @@ class Session:
             self._out.print("  ".join([f"loss {self.results[-1].loss:.4f}", *_accuracies(self.results[-1])]))
         if recording.run_db.exists():
             self._out.print(f"Run store: {recording.run_db}")
-        if recording.events is not None and recording.events.exists():
-            self._out.print(f"TensorBoard: tensorboard --logdir {recording.folder}")
+        for name, path in recording.shown.items():
+            if path.exists():
+                told = f"tensorboard --logdir {recording.folder}" if name == "TensorBoard" else path
+                self._out.print(f"{name}: {told}")
         if report is not None:
             self._out.print(f"Report: {report}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,24 +85,55 @@ def test_two_runs_within_a_second_get_folders_of_their_own(tmp_path: Path) -> No
 
 def test_a_second_run_in_a_folder_gets_events_of_its_own(tmp_path: Path) -> None:
     warnings: list[str] = []
-    first = Recording(tmp_path / "run", tensorboard=True, warn=warnings.append)
-    assert first.events == tmp_path / "run" / "tensorboard"
-    first.events.mkdir(exist_ok=True)
-    second = Recording(tmp_path / "run", tensorboard=True, warn=warnings.append)
-    assert second.events == tmp_path / "run" / "tensorboard-2"
+    first = Recording(tmp_path / "run", show=["tb"], warn=warnings.append)
+    assert first.shown == {"TensorBoard": tmp_path / "run" / "tensorboard"}
+    first.shown["TensorBoard"].mkdir(exist_ok=True)
+    second = Recording(tmp_path / "run", show=["tb"], warn=warnings.append)
+    assert second.shown == {"TensorBoard": tmp_path / "run" / "tensorboard-2"}
     assert warnings == []
 
 
 def test_without_tensorboard_only_the_store_is_written(tmp_path: Path) -> None:
-    recording = Recording(tmp_path, tensorboard=False, warn=pytest.fail)
+    recording = Recording(tmp_path, show=["none"], warn=pytest.fail)
     assert [type(sink).__name__ for sink in recording.sinks] == ["RunStore"]
-    assert recording.events is None
+    assert recording.shown == {}
+
+
+def test_files_of_a_second_run_are_numbered_before_their_suffix(tmp_path: Path) -> None:
+    (tmp_path / "run.csv").touch()
+    (tmp_path / "charts.png").touch()
+    recording = Recording(tmp_path, show=["csv", "mpl", "jsonl", "parquet"], warn=pytest.fail)
+    assert recording.shown == {
+        "CSV": tmp_path / "run-2.csv",
+        "Charts": tmp_path / "charts-2.png",
+        "JSON lines": tmp_path / "run.jsonl",
+        "Parquet": tmp_path / "run.parquet",
+    }
+    assert [type(sink).__name__ for sink in recording.sinks] == [
+        "RunStore",
+        "CSV",
+        "Matplotlib",
+        "JSONLines",
+        "Parquet",
+    ]
+
+
+def test_what_lacks_its_package_is_left_out_with_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    warnings: list[str] = []
+    recording = Recording(tmp_path, show=["parquet", "csv"], warn=warnings.append)
+    assert warnings == [
+        "Parquet needs the pyarrow package: pip install 'streamlens[parquet]'; training goes on without it"
+    ]
+    assert list(recording.shown) == ["CSV"]
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line_and_nothing_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     warnings: list[str] = []
-    recording = Recording(tmp_path / "file" / "run", tensorboard=True, warn=warnings.append)
+    recording = Recording(tmp_path / "file" / "run", show=["tb"], warn=warnings.append)
     [warning] = warnings
     assert warning == f"cannot write to {tmp_path}/file/run: Not a directory; training goes on unrecorded"
     assert recording.sinks == []
@@ -110,7 +142,7 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_line_and_nothing_is_recorde
 
 def test_a_missing_store_is_said_when_the_report_is_asked_for(tmp_path: Path) -> None:
     warnings: list[str] = []
-    recording = Recording(tmp_path, tensorboard=False, warn=warnings.append)
+    recording = Recording(tmp_path, show=["none"], warn=warnings.append)
     assert recording.write_report() is None
     [warning] = warnings
     assert warning.startswith("no report was written: ")
