@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -290,13 +290,7 @@ def train(
     from streamlens.lab.session import Session
     from streamlens.lab.trainer import Trainer
 
-    shown = list(dict.fromkeys(entry.value for entry in visualisation))
-    if "none" in shown and len(shown) > 1:
-        others = " and ".join(entry for entry in shown if entry != "none")
-        raise typer.BadParameter(
-            f"'none' leaves nothing for {others} to show: leave one of them out",
-            param_hint="'--visualisation' / '-v'",
-        )
+    shown = _shown(visualisation)
     measure = [
         topic
         for topic, wanted in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy))
@@ -341,6 +335,22 @@ def train(
         raise typer.BadParameter(str(error), param_hint=f"'{wrong}'") from None
     session = Session(trainer, out or default_folder(model, dataset), show=shown, verbose=verbose)
     raise typer.Exit(session.run(streams))
+
+
+def _shown(visualisation: Sequence[Visualisation]) -> list[str]:
+    """Each of them once.
+
+    Raises:
+        BadParameter: `none` beside others.
+    """
+    shown = list(dict.fromkeys(entry.value for entry in visualisation))
+    if "none" in shown and len(shown) > 1:
+        others = " and ".join(entry for entry in shown if entry != "none")
+        raise typer.BadParameter(
+            f"'none' leaves nothing for {others} to show: leave one of them out",
+            param_hint="'--visualisation' / '-v'",
+        )
+    return shown
 
 
 @app.command("plugins")
