@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional
 
 import streamlens as sl
-from benchmarks.models import mlp, resnet18
+from benchmarks.models import mlp
 from benchmarks.timing import Timing, interleave
+from streamlens.lab.models import ResNet18
 
 __all__ = ["mlp_health", "resnet_health"]
 
@@ -69,7 +70,7 @@ def resnet_health(rounds: int = 2) -> dict[str, Timing]:
     """On a ResNet18 at batch 128, 32x32 images."""
     torch.manual_seed(0)
     runs = {
-        "bare": _Training(resnet18(), (3, 32, 32)),
-        "health": _Training(resnet18(), (3, 32, 32), sl.health()),
+        "bare": _Training(ResNet18(), (3, 32, 32)),
+        "health": _Training(ResNet18(), (3, 32, 32), sl.health()),
     }
     return _measure(runs, rounds, _CADENCE // 2)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import streamlens as sl
-from benchmarks.models import mlp, resnet18
+from benchmarks.models import mlp
 from benchmarks.timing import Timing, interleave
+from streamlens.lab.models import ResNet18
 
 __all__ = ["idle", "mlp_overhead", "operators_200_layers", "resnet_overhead"]
 
@@ -92,7 +93,7 @@ def resnet_overhead(rounds: int = 5) -> dict[str, Timing]:
     torch.manual_seed(0)
     batch = (torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,)))
     runs = {
-        name: _Training(resnet18(), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), batch)
+        name: _Training(ResNet18(), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), batch)
         for name in ("bare", "streamlens")
     }
     lens = _observed(runs["streamlens"])

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from streamlens.lab.commands import app
 from streamlens.lab.data import DATASETS
+from streamlens.lab.initialisation import INITIALISATIONS
 from streamlens.lab.models import MODELS
 from streamlens.lab.optimizers import OPTIMIZERS, SCHEDULES
 from streamlens.lab.session import Session
@@ -171,6 +172,18 @@ def test_optimizer_rate_and_schedule_reach_the_run(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.02] * 3 + [0.02 * 0.95] * 3)
 
 
+def test_the_initialisation_reaches_the_model_and_the_store(tmp_path: Path) -> None:
+    first = []
+    for name in ("default", "Orthogonal"):
+        train(*SHORT, "--metric", "norm(weights)", "--init", name, "-v", "none", "--out", tmp_path / name)
+        with read_run(tmp_path / name / "run.db") as run:
+            assert run.metadata["init"] == name.lower()
+            norms = run.dataframe("weights.norm2")
+            first.append(norms[(norms["step"] == 0) & (norms["layer"] == "layers.3")]["value"].item())
+    # 64 orthonormal rows; PyTorch's own has a variance of 1 / (3 fan_in).
+    assert first == pytest.approx([(64 / 3) ** 0.5, 8.0], rel=0.05)
+
+
 def test_the_ratio_schedule_is_told_its_target_and_its_actions_are_recorded(tmp_path: Path) -> None:
     options = ("-o", "sgd", "--schedule", "ratio", "--target", "0.004", "--ratio-mode", "current")
     assert train(*options, "--out", tmp_path).exit_code == 0
@@ -273,7 +286,7 @@ def test_every_option_has_help_and_a_default() -> None:
         "-m, --model", "-d, --dataset", "-b, --batch-size", "-e, --epochs", "-o, --optimizer",
         "-l, --learning-rate", "-s, --subsample", "--depth", "-v, --visualisation", "-V, --verbose",
         "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--target",
-        "--ratio-mode", "--seed", "--threads", "--out",
+        "--ratio-mode", "--seed", "--threads", "--out", "--init",
     ):  # fmt: skip
         entry = re.search(rf"^  {flag}\b(.+?)(?=^  -|\Z)", text, flags=re.MULTILINE | re.DOTALL)
         assert entry, flag
@@ -281,9 +294,9 @@ def test_every_option_has_help_and_a_default() -> None:
         assert re.search(r"[A-Za-z]{4,}.*\[default", words(entry[1])), flag
 
 
-def test_the_help_names_every_model_data_set_and_schedule() -> None:
+def test_the_help_names_every_model_data_set_initialisation_and_schedule() -> None:
     text = words(streamlens("train", "--help").output)
-    for name in (*MODELS, *DATASETS, *SCHEDULES):
+    for name in (*MODELS, *DATASETS, *INITIALISATIONS, *SCHEDULES):
         assert name in text
     assert sum(name in text for name in OPTIMIZERS) > 3
 
@@ -294,6 +307,7 @@ def test_the_help_names_every_model_data_set_and_schedule() -> None:
         (("-m", "AlexNet"), "unknown model 'AlexNet': did you mean 'AlexNetMini'?"),
         (("-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
         (("-o", "SDG"), "unknown optimizer 'SDG': did you mean 'SGD'"),
+        (("--init", "xavier_norm"), "unknown initialisation 'xavier_norm': did you mean 'xavier_normal'"),
         (("--schedule", "exp"), "unknown schedule 'exp': did you mean 'exponential'?"),
         (
             ("-v", "tensorboard"),

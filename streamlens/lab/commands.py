@@ -83,6 +83,12 @@ def _datasets() -> Iterable[str]:
     return DATASETS
 
 
+def _initialisations() -> Iterable[str]:
+    from streamlens.lab.initialisation import INITIALISATIONS
+
+    return INITIALISATIONS
+
+
 def _optimizers() -> Iterable[str]:
     from streamlens.lab.optimizers import OPTIMIZERS
 
@@ -122,7 +128,11 @@ def train(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="AlexNetMini or FullyConnected.", callback=_known("model", _models)
+            "--model",
+            "-m",
+            help="AlexNetMini, ConvNet (Kingma and Ba), DenseNet, FullyConnected, ResNet18, TransformerLM or "
+            "VGG.",
+            callback=_known("model", _models),
         ),
     ] = "AlexNetMini",
     dataset: Annotated[
@@ -135,6 +145,15 @@ def train(
     epochs: Annotated[
         int, typer.Option("--epochs", "-e", help="Passes through the training set.", min=1)
     ] = 10,
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init",
+            help="Initialisation: default (PyTorch's), kaiming_normal, kaiming_uniform, lecun_normal, "
+            "orthogonal, xavier_normal or xavier_uniform.",
+            callback=_known("initialisation", _initialisations),
+        ),
+    ] = "default",
     optimizer: Annotated[
         str,
         typer.Option(
@@ -283,6 +302,7 @@ def train(
 
     from streamlens.errors import StreamlensError
     from streamlens.lab.data import load_dataset
+    from streamlens.lab.initialisation import initialise
     from streamlens.lab.metrics import parse_metric
     from streamlens.lab.models import make_model
     from streamlens.lab.recording import chains, default_folder
@@ -299,8 +319,9 @@ def train(
     seed_everything(seed)
     torch.set_num_threads(threads)
     data = load_dataset(dataset)
+    network = make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes)
     trainer = Trainer(
-        make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes),
+        initialise(network, init),
         data,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -311,7 +332,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         measure=measure,
-        metadata=_told(subsample, threads, health),
+        metadata={**_told(subsample, threads, health), "init": init},
     )
     try:
         texts = [*(["hessian_eigenvalues"] if hessian else []), *(metric or [])]

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlens.lab.data import load_dataset
 from streamlens.lab.models import MODELS, AlexNetMini, FullyConnected, make_model
+
+# Sizes that train in a blink, for each model there is.
+NARROW: dict[str, dict[str, int]] = {
+    "AlexNetMini": {},
+    "ConvNet": {"width": 8, "hidden": 32},
+    "DenseNet": {"depth": 10, "growth": 4},
+    "FullyConnected": {},
+    "ResNet18": {"width": 4},
+    "TransformerLM": {"width": 16},
+    "VGG": {"width": 4},
+}
 
 
 def alexnet_by_hand(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -56,12 +68,33 @@ def test_alexnet_mini_drops_features_while_training_only() -> None:
     assert torch.equal(model(images), model(images))
 
 
-@pytest.mark.parametrize("image_size", [4, 7, 28, 32])
-def test_models_take_any_image_size_channels_and_classes(image_size: int) -> None:
+@pytest.mark.parametrize("image_size", [4, 7, 8, 28, 32])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_take_any_image_size_channels_and_classes(name: str, image_size: int) -> None:
     images = torch.randn(2, 1, image_size, image_size)
-    for name in MODELS:
-        model = make_model(name, channels=1, image_size=image_size, classes=7)
-        assert model(images).shape == (2, 7)
+    model = make_model(name, channels=1, image_size=image_size, classes=7)
+    assert model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "narrow"), NARROW.items())
+def test_every_model_learns_the_digits(name: str, narrow: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    images, labels = load_dataset("digits").train.tensors
+    images, labels = functional.avg_pool2d(images[:256], 4), labels[:256]
+    model = make_model(name, image_size=8, **narrow)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(10):
+        for batch in range(0, 256, 64):
+            chosen = slice(batch, batch + 64)
+            loss = functional.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    untrained = [key for key, p in model.named_parameters() if not optimizer.state[p]]
+    assert not untrained, "every parameter takes part"
 
 
 def test_fully_connected_has_a_linear_layer_for_each_size() -> None:
@@ -90,6 +123,10 @@ def test_a_model_is_found_by_name_in_any_case() -> None:
 def test_an_unknown_model_names_the_nearest_and_all_there_are() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'AlexNet': did you mean 'AlexNetMini'\?.*FullyConn"):
         make_model("AlexNet")
+
+
+def test_every_model_is_held_to_what_models_promise() -> None:
+    assert set(NARROW) == set(MODELS)
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
