@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from streamlens.capture.copies import Copy
-from streamlens.capture.sharded import WHOLE, Part, fsdp_parameters, known_part_of, local
+from streamlens.capture.sharded import WHOLE, Part, as_owned, fsdp_parameters, known_part_of, local
 from streamlens.errors import LayerNotFoundError, did_you_mean
 from streamlens.layers import LayerSelector, taken_by_default
 from streamlens.topics import Phase, TopicSpec
@@ -113,9 +113,7 @@ class ModelIndex:
                 if isinstance(parameter, UninitializedParameter):
                     self._lazy.append(parameter)
                     continue
-                if (kept := self._gathered.get((id(module), role))) is not None:
-                    # The module may hold what was gathered for a computation.
-                    parameter = getattr(kept(), "sharded_param", parameter)
+                parameter = as_owned(self._gathered, module, role, parameter)
                 if id(parameter) in seen:
                     continue
                 seen.add(id(parameter))

@@ -7,14 +7,27 @@ import math
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from streamlens.errors import StreamlensError
 
-__all__ = ["WHOLE", "Part", "data_part", "fsdp_parameters", "is_dtensor", "known_part_of", "local", "part_of"]
+__all__ = [
+    "WHOLE",
+    "Part",
+    "as_owned",
+    "data_part",
+    "fsdp_parameters",
+    "is_dtensor",
+    "known_part_of",
+    "like_owned",
+    "local",
+    "part_of",
+]
+
+_T = TypeVar("_T", bound=Tensor)
 
 
 class Part(NamedTuple):
@@ -49,6 +62,28 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         shard: Tensor = tensor.to_local()
     return shard.detach()
+
+
+def like_owned(held: Tensor, whole: Tensor) -> Tensor:
+    """What this process holds of a tensor, as one that is spread as another one of its shape is.
+
+    Args:
+        held: The part that this process holds.
+        whole: The tensor that is spread, or lies whole on every process.
+    """
+    if not is_dtensor(whole):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = whole
+    return DTensor.from_local(
+        held,
+        spread.device_mesh,
+        spread.placements,
+        run_check=False,
+        shape=spread.shape,
+        stride=spread.stride(),
+    )
 
 
 def part_of(tensor: Tensor) -> Part:
@@ -117,6 +152,22 @@ def fsdp_parameters(model: nn.Module) -> dict[tuple[int, str], weakref.ref[Any]]
             ):
                 found[id(module), name] = weakref.ref(kept)
     return found
+
+
+def as_owned(
+    gathered: dict[tuple[int, str], weakref.ref[Any]], module: nn.Module, role: str, parameter: _T
+) -> _T:
+    """What the optimizer owns of a parameter, of which the module may hold what was gathered to compute.
+
+    Args:
+        gathered: What `fsdp_parameters` gave.
+        module: The module.
+        role: The parameter's name in it.
+        parameter: What the module holds.
+    """
+    kept = gathered.get((id(module), role))
+    owned: _T = parameter if kept is None else getattr(kept(), "sharded_param", parameter)
+    return owned
 
 
 # -- data parallelism ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from streamlens.capture.sharded import as_owned, fsdp_parameters, like_owned, local
 from streamlens.errors import StreamlensError
 
 __all__ = ["Shelf", "keep", "keep_optimizer", "put_back"]
@@ -20,6 +21,8 @@ __all__ = ["Shelf", "keep", "keep_optimizer", "put_back"]
 def keep(model: nn.Module, optimizers: Mapping[int, Optimizer]) -> dict[str, Any]:
     """Copies of a model's parameters and buffers, and of its optimizers' state, where they lie.
 
+    Of what is spread over processes, the part that this one holds.
+
     Args:
         model: The model.
         optimizers: Its optimizers, each under a number of its own.
@@ -27,9 +30,9 @@ def keep(model: nn.Module, optimizers: Mapping[int, Optimizer]) -> dict[str, Any
     Returns:
         Plain containers and tensors.
     """
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {id(parameter) for _, parameter in _owned(model)}
     return {
-        "tensors": {name: tensor.detach().clone() for name, tensor in _tensors(model)},
+        "tensors": {name: local(tensor).clone() for name, tensor in _tensors(model)},
         "optimizers": {number: keep_optimizer(optimizer, own) for number, optimizer in optimizers.items()},
     }
 
@@ -45,7 +48,7 @@ def keep_optimizer(optimizer: Optimizer, others: set[int]) -> dict[str, Any]:
     return {
         "state": {places.get(id(key), key): _copied(state) for key, state in optimizer.state.items()},
         "own": {
-            place: parameter.detach().clone()
+            place: local(parameter).clone()
             for place, parameter in enumerate(_parameters(optimizer))
             if id(parameter) not in others
         },
@@ -66,7 +69,7 @@ def put_back(kept: Mapping[str, Any], model: nn.Module, optimizers: Mapping[int,
     Raises:
         StreamlensError: The model has other tensors now; nothing is put back.
     """
-    now = dict(_tensors(model))
+    now = {name: local(tensor) for name, tensor in _tensors(model)}
     changed = [n for n, t in kept["tensors"].items() if n not in now or now[n].shape != t.shape]
     if changed:
         raise StreamlensError(
@@ -80,7 +83,7 @@ def put_back(kept: Mapping[str, Any], model: nn.Module, optimizers: Mapping[int,
             continue
         parameters = _parameters(optimizer)
         for place, tensor in saved["own"].items():
-            parameters[place].copy_(tensor)
+            local(parameters[place]).copy_(tensor)
         state = {parameters[k] if isinstance(k, int) else k: v for k, v in saved["state"].items()}
         for key in [key for key in optimizer.state if key not in state]:
             del optimizer.state[key]
@@ -89,8 +92,20 @@ def put_back(kept: Mapping[str, Any], model: nn.Module, optimizers: Mapping[int,
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = [*_owned(model), *model.named_buffers()]
     return [(name, t) for name, t in named if not nn.parameter.is_lazy(t) and _writable(t)]
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters as the optimizer owns them, each under its first name."""
+    gathered = fsdp_parameters(model)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for role, held in module.named_parameters(recurse=False):
+            parameter = as_owned(gathered, module, role, held)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{role}" if path else role), parameter
 
 
 def _writable(tensor: Tensor) -> bool:
@@ -110,7 +125,7 @@ def _places(optimizer: Optimizer) -> dict[int, int]:
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return local(value).clone()
     if isinstance(value, dict):
         return {key: _copied(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
@@ -121,11 +136,14 @@ def _copied(value: Any) -> Any:
 def _restored(now: Any, value: Any, parameter: Any) -> Any:
     """A value that was kept, in the tensors that are there where they fit."""
     if isinstance(value, Tensor):
-        if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
-            return now.copy_(value)
+        held = local(now) if isinstance(now, Tensor) else None
+        if held is not None and held.shape == value.shape and held.dtype == value.dtype:
+            held.copy_(value)
+            return now
+        if not isinstance(parameter, Tensor) or local(parameter).shape != value.shape:
+            return value.clone()
         # A snapshot may have been read to another device than the parameter's.
-        alike = isinstance(parameter, Tensor) and parameter.shape == value.shape
-        return value.clone().to(parameter.device) if alike else value.clone()
+        return like_owned(value.clone().to(parameter.device), parameter)
     if isinstance(value, dict):
         there = now if isinstance(now, dict) else {}
         return {key: _restored(there.get(key), entry, parameter) for key, entry in value.items()}

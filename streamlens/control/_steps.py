@@ -75,7 +75,8 @@ class StepScaler:
                 update = updates.get(entry.name)
                 if scale is None or update is None or scale == 1:
                     continue
-                entry.parameter.add_(update.to(entry.parameter.dtype), alpha=scale - 1)
+                # Of a parameter that is spread over processes, the part that this one holds.
+                entry.tensor.add_(update.to(entry.tensor.dtype), alpha=scale - 1)
 
 
 def sizes_of(entries: Sequence[ParameterEntry], layers: Iterable[str]) -> dict[str, int]:

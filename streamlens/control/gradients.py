@@ -13,7 +13,7 @@ from reactivex.disposable import Disposable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from streamlens.capture.sharded import WHOLE, local, part_of
+from streamlens.capture.sharded import WHOLE
 from streamlens.control._rates import check_optimizer
 from streamlens.control.controller import Controller
 from streamlens.control.decision import Decision
@@ -98,16 +98,7 @@ class GradientController(Controller):
         self._record = engine.frame(self.name, tuple(layers), values, kind=Kind.EVENT)
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of each tensor, in double precision where the device has it.
-
-        Raises:
-            StreamlensError: This process holds only a part of one.
-        """
-        if any(part_of(tensor) != WHOLE for tensor in tensors):
-            raise StreamlensError(
-                f"{self.name} needs whole gradients, and this process holds shards of them: clip or scale "
-                "them with the wrapper's own means"
-            )
+        """The 2-norm of each tensor, in double precision where the device has it."""
         return summarise(tensors, (_SQUARES,))[0][_SQUARES].sqrt()
 
     def gradient_norms(self, gradients: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
@@ -120,7 +111,8 @@ class GradientController(Controller):
         """See `Controller.attached`.
 
         Raises:
-            StreamlensError: The chain does not come from a lens, or another controller acts on gradients.
+            StreamlensError: The chain does not come from a lens, this process holds only shards of the
+                gradients, or another controller acts on them.
         """
         engine = self.engine
         if engine is None:
@@ -128,6 +120,10 @@ class GradientController(Controller):
                 f"{self.name} acts on gradients, and a stream without a model has none: end a chain of the "
                 "lens that observe(model) returned in it"
             )
+        own = None if self._optimizer is None else _owned(self._optimizer)
+        entries = [e for e in engine.index.entries if own is None or id(e.parameter) in own]
+        if objection := self._objection(entries):
+            raise StreamlensError(objection)
         self.claim("gradients", self._optimizer)
         acting = engine.updates.interventions.acting
         acting.append(self._intervene)
@@ -138,6 +134,17 @@ class GradientController(Controller):
 
         self.hold(Disposable(remove))
 
+    def _objection(self, entries: Sequence[ParameterEntry]) -> str | None:
+        """Why it cannot act on the gradients of some parameters: their norms are those of whole tensors."""
+        shards = [entry.name for entry in entries if entry.part != WHOLE]
+        if not shards:
+            return None
+        return (
+            f"{self.name} needs whole gradients, and of {shards[0]!r} this process holds a shard: use the "
+            "means of what shards it (torch.nn.utils.clip_grad_norm_ takes DTensors), or steer the rate with "
+            "RatioLR"
+        )
+
     def _intervene(self, optimizer: Optimizer, entries: Sequence[ParameterEntry]) -> None:
         if self._optimizer not in (None, optimizer):
             return
@@ -147,6 +154,9 @@ class GradientController(Controller):
                 f"{type(optimizer).__name__} owns copies of the parameters, whose gradients are not known: "
                 "observe(model, owners={name: tensor}) says which tensor stands for which parameter"
             )
+        elif not self.standing_back and (objection := self._objection(entries)):
+            # Sharded since the subscription.
+            self.stand_back(objection)
         gradients = {e.name: g.detach() for e in entries if (g := e.gradient) is not None}
         factors: Mapping[str, Tensor] = {}
         with torch.no_grad():
@@ -158,7 +168,7 @@ class GradientController(Controller):
             if not self.dry_run:
                 for name, factor in factors.items():
                     if name in gradients:
-                        _scale(local(gradients[name]), factor)
+                        _scale(gradients[name], factor)
         record, self._record = self._record, None
         attachment = self._links.attachment
         if record is not None and attachment is not None:
@@ -180,6 +190,10 @@ class GradientController(Controller):
             # In the group of training, whose backend need not wait for the device.
             dist.broadcast(values, src=0)
         return {entry.name: value for entry, value in zip(entries, values, strict=True)}
+
+
+def _owned(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:

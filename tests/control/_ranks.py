@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import streamlens as sl
 from streamlens import control
+from streamlens.control._kept import keep, put_back
+from streamlens.errors import StreamlensError
 from tests._runs import small_model, steps_of
 
 
@@ -32,10 +35,14 @@ def ratio(rank: int, *, spoilt_rank: int = -1, absent_rank: int = -1) -> dict[st
 
     chain = sl.combine(sl.norm("weight_updates"), sl.norm("weights"), fn=local, name="local")
     controller = control.RatioLR(mode="current", target=1e-2)
+    second = control.Freeze(above=0.0, patience=1)
     steps: list[int] = []
     controller.actions.subscribe(lambda frame: steps.append(frame.step))
+    second.actions.subscribe(lambda frame: steps.append(frame.step))
     if rank != absent_rank:
         lens.pipe(chain).subscribe(controller)
+        if absent_rank >= 0:
+            lens.pipe(chain).subscribe(second)
     rates = [optimizer.param_groups[0]["lr"] for _ in steps_of(model, optimizer, 4)]
     weights = [p.detach().flatten().tolist() for p in model.parameters()]
     if absent_rank >= 0:
@@ -119,6 +126,74 @@ def roll_back(rank: int) -> dict[str, Any]:
     return {"weights": weights, "texts": texts}
 
 
+def sharded_model() -> nn.Sequential:
+    """Of five rows one rank has three and the other two."""
+    model = small_model()
+    fully_shard(model[0])
+    fully_shard(model)
+    return model
+
+
+def shards(tensors: Iterable[Tensor]) -> list[list[float]]:
+    """What this rank holds of tensors."""
+    return [tensor.to_local().flatten().tolist() for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def roll_back_shards(rank: int) -> dict[str, Any]:
+    """Rollback of weights and moments that FSDP2 has spread over both ranks; rank 1 sees a NaN at step 4."""
+    model = sharded_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    lens = sl.observe(model, emits=["x"], on_error="raise")
+    lens.pipe(sl.topic("x")).subscribe(control.Rollback(every=2, confirm=1))
+    texts: list[str] = []
+    lens.pipe(sl.topic("rollback.action")).subscribe(lambda f: texts.append(f"{f.step}: {f.meta['text']}"))
+    weights, moments = [], []
+    for step, _ in enumerate(steps_of(model, optimizer, 6)):
+        weights.append(shards(model.parameters()))
+        moments.append(shards(optimizer.state[p]["exp_avg"] for p in model.parameters()))
+        lens.emit("x", math.nan if rank == 1 and step == 3 else 1.0)
+    lens.close()
+    # Also where the optimizer has let go of its state.
+    kept = keep(model, {0: optimizer})
+    optimizer.state.clear()
+    put_back(kept, model, {0: optimizer})
+    moments.append(shards(optimizer.state[p]["exp_avg"] for p in model.parameters()))
+    return {"weights": weights, "moments": moments, "texts": texts}
+
+
+def gradients_of_shards(rank: int) -> dict[str, Any]:
+    """What controllers of gradients say of a model that is spread, or will be."""
+    said = []
+    for controller in (control.ClipAt(), control.FixedRatio()):
+        with sl.observe(sharded_model()) as lens:
+            try:
+                lens.pipe(sl.norm("weight_gradients")).subscribe(controller)
+            except StreamlensError as error:
+                said.append(str(error))
+    model, reports = small_model(), list[str]()
+    with sl.observe(model) as lens:
+        lens.errors.subscribe(lambda report: reports.append(str(report.error)))
+        lens.pipe(sl.norm("weight_gradients")).subscribe(control.ClipAt(0))
+        fully_shard(model)
+        list(steps_of(model, torch.optim.SGD(model.parameters(), lr=0.1), 3))
+    return {"said": said, "later": reports}
+
+
+def steps_of_shards(rank: int, *, sharded: bool) -> dict[str, Any]:
+    """RatioLR scales the step of each layer, of a model that is spread or whole; its weights, and scales."""
+    model = sharded_model() if sharded else small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    lens = sl.observe(model, on_error="raise")
+    controller = control.RatioLR(mode="current", per_layer=True, target=1e-2)
+    lens.pipe(sl.uw_ratio()).subscribe(controller)
+    scales: list[list[float]] = []
+    controller.actions.subscribe(lambda frame: scales.append([float(v) for _, v in frame.items()]))
+    list(steps_of(model, optimizer, 4))
+    lens.close()
+    whole = [p.full_tensor() if sharded else p for p in model.parameters()]  # type: ignore[attr-defined]
+    return {"scales": scales, "weights": [p.detach().flatten().tolist() for p in whole]}
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ratio": ratio,
     "ratio, NaN on rank 0": lambda rank: ratio(rank, spoilt_rank=0),
@@ -128,6 +203,10 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "clip": lambda rank: gradients(rank, control.ClipAt(0)),
     "fixed ratio": lambda rank: gradients(rank, control.FixedRatio(1e-3)),
     "rollback": roll_back,
+    "rollback, shards": roll_back_shards,
+    "gradients, shards": gradients_of_shards,
+    "steps, shards": lambda rank: steps_of_shards(rank, sharded=True),
+    "steps, whole": lambda rank: steps_of_shards(rank, sharded=False),
     "ratio, none on rank 1": lambda rank: ratio(rank, absent_rank=1),
 }
 

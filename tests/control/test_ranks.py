@@ -59,16 +59,19 @@ def test_a_nan_on_any_rank_holds_the_decision_on_both(
     assert len(set(first["rates"])) == len(acted)
 
 
-def test_a_rank_without_the_controller_makes_it_stand_back_in_time_and_training_goes_on(
+def test_a_rank_without_the_controllers_makes_all_stand_back_in_time_and_training_goes_on(
     outcomes: Outcomes,
 ) -> None:
     first, second = outcomes["ratio, none on rank 1"]
     assert first["rates"] == second["rates"] == [0.1] * 4
     assert first["weights"] == second["weights"]
     assert first["steps"] == []
-    (report,) = first["reports"]
-    assert "RatioLR stands back: rank 0 lost the other ranks" in report
-    assert "within the 2 s of observe(distributed_timeout=)" in report
+    reports = first["reports"]
+    assert [report.partition(" (rank 0) at step 0")[0] for report in reports] == ["RatioLR", "Freeze"]
+    for report in reports:
+        # The second one does not wait again: what is lost is lost for all.
+        assert "stands back: rank 0 lost the other ranks" in report
+        assert "within the 2 s of observe(distributed_timeout=)" in report
 
 
 def test_what_one_rank_sees_stops_both_after_one_step(outcomes: Outcomes) -> None:
@@ -110,3 +113,40 @@ def test_what_one_rank_sees_puts_the_model_back_on_both(outcomes: Outcomes) -> N
     assert text.endswith("from 0.1 to 0.05: x is nan at step 3")
     assert first["weights"][4] == first["weights"][2]
     assert first["weights"][5] != first["weights"][3]
+
+
+def test_shards_of_the_model_and_of_moments_are_put_back_on_both(outcomes: Outcomes) -> None:
+    ranks = outcomes["rollback, shards"]
+    for rank in ranks:
+        weights, moments = rank["weights"], rank["moments"]
+        (text,) = rank["texts"]
+        assert text.startswith("4: Rollback put back the model as it was after step 2 and lowered")
+        # What is seen after step 4 is that of step 2, and neither that of 3 nor what 4 would have been.
+        assert weights[4] == weights[2]
+        assert moments[4] == moments[2]
+        assert moments[6] == moments[5]
+        assert len({str(entry) for entry in weights}) == len({str(entry) for entry in moments}) == 5
+    assert [len(rank["weights"][0][0]) for rank in ranks] == [12, 8]
+
+
+def test_controllers_of_gradients_refuse_shards_at_subscribe_and_stand_back_from_later_ones(
+    outcomes: Outcomes,
+) -> None:
+    for rank in outcomes["gradients, shards"]:
+        names = ("ClipAt", "FixedRatio")
+        assert rank["said"] == [
+            f"{name} needs whole gradients, and of '0.weight' this process holds a shard: use the means of "
+            "what shards it (torch.nn.utils.clip_grad_norm_ takes DTensors), or steer the rate with RatioLR"
+            for name in names
+        ]
+        (report,) = rank["later"]
+        assert report == f"ClipAt stands back: {rank['said'][0]}"
+
+
+def test_steps_of_shards_are_scaled_as_those_of_the_whole_model(outcomes: Outcomes) -> None:
+    whole, spread = outcomes["steps, whole"], outcomes["steps, shards"]
+    assert spread[0] == spread[1]
+    for found, wanted in zip(spread[0]["scales"], whole[0]["scales"], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    for found, wanted in zip(spread[0]["weights"], whole[0]["weights"], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
