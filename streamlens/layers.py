@@ -40,6 +40,11 @@ class LayerSelector:
     depth: int | None = None
     without: tuple[type[nn.Module], ...] = ()
 
+    @property
+    def asks_modules(self) -> bool:
+        """Whether names alone do not tell which layers are selected."""
+        return bool(self.classes or self.without) or self.depth is not None
+
     def matches_name(self, name: str) -> bool:
         """Whether a name matches one of the globs."""
         return any(fnmatch.fnmatchcase(name, glob) for glob in self.globs)

@@ -51,6 +51,11 @@ class ToldSource(Source):
         """Whether nothing is to be emitted now."""
         return self.paused > 0 or self.closed or self.inert
 
+    @property
+    def next_step(self) -> int:
+        """The first step of which nothing has been given yet."""
+        return self.clock.step + int(self._begun)
+
     # -- the clock ---------------------------------------------------------------------------
 
     def open_step(self, step: int) -> None:
@@ -137,7 +142,8 @@ class ToldSource(Source):
         """What is wanted of a topic by the demands that are due."""
         grouped: dict[tuple[Selectors, Reduction | None], list[Demand]] = {}
         for demand in self._planned:
-            if topic in demand.view.topics:
+            # The clock tells of updates itself, also where what it told was stored.
+            if topic in demand.view.topics and topic != "update_finished":
                 key = (demand.view.selectors, demand.view.reduction)
                 grouped.setdefault(key, []).append(demand)
         wishes = self._plans[topic] = (

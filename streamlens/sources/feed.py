@@ -146,7 +146,7 @@ class _FeedSource(ToldSource):
 
     def check_selector(self, selector: LayerSelector) -> None:
         """Raise for classes and depths, and for a glob that no layer pushed so far matches."""
-        if selector.classes or selector.depth is not None:
+        if selector.asks_modules:
             _ = self.modules  # raises: there is no model
         known = [name for names in self._layers.values() for name in names]
         if known:

@@ -224,7 +224,7 @@ class _ReplaySource(ToldSource):
 
     def check_selector(self, selector: LayerSelector) -> None:
         """Raise for classes and depths, and for a glob that matches no layer of the run."""
-        if selector.classes or selector.depth is not None:
+        if selector.asks_modules:
             _ = self.modules  # raises: there is no model
         names = {n: None for ls in self._layouts.values() for layout in ls for n in layout.layers}
         selector.check_globs([*names, *(name.partition("@")[0] for name in names)])
@@ -281,6 +281,9 @@ class _ReplaySource(ToldSource):
 
     def _merged(self) -> Iterator[Stored]:
         wanted = self.topics | {"epoch_finished"}
+        if "update_finished" in wanted - self._layouts.keys():
+            # Whatever comes once an update tells of it.
+            wanted |= {t for t, layouts in self._layouts.items() if layouts[0].kind is Kind.STEP}
         parts = [
             _labelled(stepwise(run, wanted), label)
             for run, label in zip(self._runs, self._labels, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -143,7 +144,9 @@ _HARMLESS: Final = (
 def _probed(source: Observable[Frame]) -> Observable[Frame]:
     """Whether outputs are finite, of the modules that may be the first whose is not."""
     if isinstance(source, Lens):
-        source = source.narrow(layers=LayerSelector(without=_HARMLESS))
+        # A replay knows no classes: it looks at all that were stored.
+        with contextlib.suppress(LayerNotFoundError):
+            source = source.narrow(layers=LayerSelector(without=_HARMLESS))
     return reduction_operator(FiniteProbe(), "activations", "finite_probe")(source)
 
 
@@ -152,6 +155,7 @@ def _with_gradient(source: Observable[Frame]) -> Stream:
     stream = norm("weights")(source)
     if not isinstance(stream, Lens):
         raise UnknownTopicError("only a lens knows its model's gradients")
+    stream.module_classes()  # raises where there is no model, as in a replay
 
     def pick(frame: Frame) -> Frame | None:
         modules = stream.module_classes()
