@@ -55,6 +55,9 @@ class Source(Provider):
 
     _snapshot = _SNAPSHOT
 
+    recorded = False
+    """Whether what it gives is over, so that nothing can act on it."""
+
     def __init__(self, name: str = "", on_error: str = "report") -> None:
         super().__init__(name, on_error)
         self.exchange: Exchange = Alone()

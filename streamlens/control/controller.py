@@ -219,6 +219,11 @@ class Controller(Ending, ObserverBase[Frame]):
             raise StreamlensError(
                 f"this {self.name} ends a chain already: make another one, or merge the chains into one"
             )
+        if isinstance(runtime, Source) and runtime.recorded and not self.dry_run:
+            raise StreamlensError(
+                f"{self.name} cannot act on a recorded run, which is over: pass "
+                f"{self.name}(..., dry_run=True) to see what it would have done"
+            )
         links.runtime, links.resources = runtime, CompositeDisposable()
         timeout = runtime.exchange.timeout if isinstance(runtime, Engine) else None
         links.agreement = agreement_of(runtime, timeout)

@@ -72,6 +72,10 @@ def replay(
     if the topic was stored raw. Steps, updates and epochs are announced as in the run. Nothing is read
     before `play()`, and only topics that somebody has subscribed.
 
+    Controllers say over it what they would have done: they need `dry_run=True`, and those that set a
+    learning rate an optimizer that stands for the run's, such as
+    `RatioLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), dry_run=True)`.
+
     Several runs are played side by side, step by step, each labelled in `frame.source` (by its name,
     else by its file); operators keep them apart.
 
@@ -106,6 +110,7 @@ def replay(
 
 
 class _ReplaySource(ToldSource):
+    recorded = True
     closed_message = "this replay is closed: call streamlens.replay(path) again for a new one"
 
     def __init__(self, runs: Sequence[Run], speed: float | None, on_error: str) -> None:

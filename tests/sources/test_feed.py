@@ -295,3 +295,14 @@ def test_emit_and_paused_work_as_on_any_lens() -> None:
     with feed.paused():
         feed.push(5, loss=1.0)
     assert [(f.topic, f.step) for f in out] == [("loss", 4), ("accuracy", 4)]
+
+
+def test_rules_that_leave_out_layers_by_class_look_at_all_where_no_model_tells() -> None:
+    feed = Feed()
+    out: list[Frame] = []
+    feed.pipe(sl.nonfinite_values(every=1)).subscribe(out.append)
+    fine, broken = np.ones((2, 3)), np.full((2, 3), np.nan)
+    for step, second in enumerate((fine, fine, broken)):
+        feed.push(step, activations={"first": fine, "second": second}, loss=float(second.sum()))
+    feed.close()
+    assert [(f.step, f.layers, f.meta["phase"]) for f in out] == [(2, ("second",), "forward")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import nn
 
 import streamlens as sl
 from streamlens.frame import Frame
+from streamlens.runs import stepwise
 from streamlens.sinks import RunStore
 from streamlens.sources import replaying
 from streamlens.stream import Operator
@@ -254,6 +256,48 @@ def test_speed_paces_by_the_recorded_time(recorded: Path, monkeypatch: pytest.Mo
     with sl.read_run(recorded) as run:
         times = run.dataframe("uw_ratio")["wall_time"]
     assert sum(slept) == pytest.approx(2 * (times.max() - times.min()), rel=1e-6)
+
+
+def test_updates_are_told_once_whether_or_not_they_were_stored(tmp_path: Path, recorded: Path) -> None:
+    with sl.replay(recorded) as replay:
+        told = play(replay, {"updates": sl.topic("update_finished")})["updates"]
+    assert [(f.step, f[""].item()) for f in told] == [(step, step) for step in range(10)]
+    store = RunStore(tmp_path / "again.db")
+    with sl.replay(recorded) as replay:
+        replay.pipe(sl.topic("update_finished")).subscribe(store)
+        replay.play()
+    with sl.replay(tmp_path / "again.db") as replay:
+        again = play(replay, {"updates": sl.topic("update_finished")})["updates"]
+    assert [(f.step, f[""].item()) for f in again] == [(step, step) for step in range(10)]
+
+
+def test_a_damaged_row_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    train(tmp_path / "run.db")
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        db.execute("UPDATE frames SET data = zeroblob(length(data)) WHERE step = 3")
+    db.close()
+    replay = sl.replay(tmp_path / "run.db")
+    out: list[Frame] = []
+    replay.pipe(sl.norm("weights")).subscribe(out.append)
+    with pytest.raises(sl.RunStoreError, match=r"run.db is damaged.*step 3 is not what was written"):
+        replay.play()
+
+
+def test_a_run_is_read_in_pieces_of_bounded_size(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = {"uw": sl.uw_ratio(), "parameters": sl.norm("parameters"), "loss": sl.topic("loss")}
+    whole = play(sl.replay(recorded), operators)
+    most: list[int] = []
+    real = stepwise._frames
+
+    def frames(read: list[Any]) -> Any:
+        most.append(len({entry[0][0] for entry in read}))
+        return real(read)
+
+    monkeypatch.setattr(stepwise, "_frames", frames)
+    monkeypatch.setattr(stepwise, "_MOST_ROWS", 12)
+    assert_equal(whole, play(sl.replay(recorded), operators))
+    assert max(most) <= 2
+    assert len(most) > 5
 
 
 @pytest.mark.parametrize("speed", [0, -1, "fast", float("nan")])
