@@ -18,7 +18,7 @@ from streamlens.operators._lanczos import WHICH, Which, lanczos, random_vector
 from streamlens.operators._model import FindModel, ModelNode, on_model
 from streamlens.stream import Operator, Stream
 
-__all__ = ["hessian_eigenvalues"]
+__all__ = ["Search", "eigenvalues", "hessian_eigenvalues", "search_of"]
 
 TOPIC = "hessian_eigenvalues"
 
@@ -106,28 +106,12 @@ def hessian_eigenvalues(
     surface = loss_surface(
         TOPIC, loss=loss, batch=batch, batches=batches, mode=mode, parameters=parameters, seed=seed
     )
-    search = _search(k, which, products, tolerance)
-    plan = f"{TOPIC}({k}" + (f", which={which!r}" if which != "largest" else "") + ")"
-
-    def make(stream: Stream, find: FindModel) -> ModelNode:
-        return _Eigenvalues(stream, find, surface, search, vectors=bool(eigenvectors))
-
-    def check(found: nn.Module) -> None:
-        n = surface.dimension(found)
-        if n is not None and n < k:
-            raise StreamlensError(
-                f"{TOPIC}(k={k}): there are only {n} trainable numbers, and as many eigenvalues: "
-                f"k is at most {n}"
-            )
-
-    def apply(source: Observable[Frame]) -> Observable[Frame]:
-        return on_model(source, make, plan, operator=TOPIC, model=model, check=check, of_layers=OF_LAYERS)
-
-    return apply
+    search = search_of(TOPIC, k, which, products, tolerance)
+    return eigenvalues(TOPIC, surface, search, vectors=bool(eigenvectors), model=model)
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class Search:
     """What is looked for, and how long."""
 
     k: int
@@ -136,18 +120,55 @@ class _Search:
     tolerance: float
 
 
-def _search(k: int, which: Which, products: int, tolerance: float) -> _Search:
+def search_of(operator: str, k: int, which: Which, products: int, tolerance: float) -> Search:
+    """A search whose numbers are in range.
+
+    Raises:
+        ValueError: One is not; the message names the operator that it was given to.
+    """
     if not is_whole(k) or k < 1:
-        raise ValueError(f"{TOPIC}(k={k!r}): how many eigenvalues, from 1 on")
+        raise ValueError(f"{operator}(k={k!r}): how many eigenvalues, from 1 on")
     if which not in WHICH:
         raise ValueError(
-            f"{TOPIC}(which={which!r}): it is {', '.join(map(repr, WHICH[:-1]))} or {WHICH[-1]!r}"
+            f"{operator}(which={which!r}): it is {', '.join(map(repr, WHICH[:-1]))} or {WHICH[-1]!r}"
         )
     if not is_whole(products) or products < k:
-        raise ValueError(f"{TOPIC}(products={products!r}): a whole number, and at least k = {k}")
+        raise ValueError(f"{operator}(products={products!r}): a whole number, and at least k = {k}")
     if not is_number(tolerance) or not 0 < tolerance < 1:
-        raise ValueError(f"{TOPIC}(tolerance={tolerance!r}): a number between 0 and 1")
-    return _Search(k, which, products, float(tolerance))
+        raise ValueError(f"{operator}(tolerance={tolerance!r}): a number between 0 and 1")
+    return Search(k, which, products, float(tolerance))
+
+
+def eigenvalues(
+    operator: str, surface: LossSurface, search: Search, *, vectors: bool, model: nn.Module | None
+) -> Operator:
+    """Frames of topic `hessian_eigenvalues`, for the operators that are made of them.
+
+    Args:
+        operator: The operator that the user applies, for messages.
+        surface: The loss.
+        search: What is looked for.
+        vectors: Whether the eigenvectors are given.
+        model: The model, on streams that come from no lens.
+    """
+    k, which = search.k, search.which
+    plan = f"{TOPIC}({k}" + (f", which={which!r}" if which != "largest" else "") + ")"
+
+    def make(stream: Stream, find: FindModel) -> ModelNode:
+        return _Eigenvalues(stream, find, surface, search, vectors=vectors)
+
+    def check(found: nn.Module) -> None:
+        n = surface.dimension(found)
+        if n is not None and n < k:
+            raise StreamlensError(
+                f"{operator}(k={k}): there are only {n} trainable numbers, and as many eigenvalues: "
+                f"k is at most {n}"
+            )
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        return on_model(source, make, plan, operator=operator, model=model, check=check, of_layers=OF_LAYERS)
+
+    return apply
 
 
 class _Eigenvalues(ModelNode):
@@ -162,7 +183,7 @@ class _Eigenvalues(ModelNode):
     """
 
     def __init__(
-        self, stream: Stream, find: FindModel, surface: LossSurface, search: _Search, *, vectors: bool
+        self, stream: Stream, find: FindModel, surface: LossSurface, search: Search, *, vectors: bool
     ) -> None:
         super().__init__(stream, find)
         self._surface = surface

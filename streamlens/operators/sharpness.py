@@ -14,9 +14,9 @@ from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
 from streamlens.operators._base import checked_source, is_number, relabelled
-from streamlens.operators._hessian import Batch, Loss, Mode
+from streamlens.operators._hessian import Batch, Loss, Mode, loss_surface
 from streamlens.operators.align import AlignedFrame, align
-from streamlens.operators.hessian_eigenvalues import hessian_eigenvalues
+from streamlens.operators.hessian_eigenvalues import eigenvalues, search_of
 from streamlens.stream import Operator
 
 __all__ = ["sharpness"]
@@ -85,18 +85,11 @@ def sharpness(
         StreamlensError: As for `hessian_eigenvalues`; the lens has other topics selected than the rate.
     """
     share = _share_of_bound(lr, momentum, nesterov)
-    largest = hessian_eigenvalues(
-        1,
-        loss=loss,
-        batch=batch,
-        batches=batches,
-        mode=mode,
-        parameters=parameters,
-        products=products,
-        tolerance=tolerance,
-        seed=seed,
-        model=model,
+    surface = loss_surface(
+        "sharpness", loss=loss, batch=batch, batches=batches, mode=mode, parameters=parameters, seed=seed
     )
+    search = search_of("sharpness", 1, "largest", products, tolerance)
+    largest = eigenvalues("sharpness", surface, search, vectors=False, model=model)
 
     def of(frame: Frame, rate: float) -> Frame:
         assert isinstance(frame.values, Tensor)

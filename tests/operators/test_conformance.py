@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import streamlens as sl
 from streamlens.frame import Frame
 from streamlens.runtime import default_runtime
+from streamlens.sinks import RunStore
+from tests.helpers import shipped
 from tests.helpers.shipped import NAMES, chains_of
 from tests.operators.support import ragged, run
 
@@ -164,3 +166,61 @@ def test_a_lens_gives_all_layers_of_a_step_in_one_frame(name: str) -> None:
     assert frames
     keys = [(f.topic, f.step, f.micro_step) for f in frames]
     assert len(set(keys)) == len(keys)
+
+
+# -- on a replay -------------------------------------------------------------------------------
+
+
+def _topics_of_adam(names: Sequence[str]) -> list[str]:
+    return [name for name in names if "momentum_buffer" not in name]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Frame]]]:
+    """A run that stores every topic there is, and what each metric gave while it ran."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    criterion = nn.CrossEntropyLoss()
+    path = tmp_path_factory.mktemp("conformance") / "run.db"
+    found: dict[str, list[Frame]] = {name: [] for name in METRICS}
+    with pytest.MonkeyPatch.context() as patch, sl.observe(model, loss=criterion, on_error="raise") as lens:
+        patch.setattr(shipped, "REDUCIBLE", _topics_of_adam(shipped.REDUCIBLE))
+        lens.pipe(sl.topic(*_topics_of_adam(shipped.EVERY_TOPIC))).subscribe(RunStore(path))
+        for name, frames in found.items():
+            lens.pipe(*chains_of(name, lens, every=2)[0]).subscribe(frames.append)
+        for _ in lens.epochs(2):
+            for _ in range(3):
+                for _ in range(2):
+                    criterion(model(torch.randn(8, 16)), torch.randint(0, 3, (8,))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return path, found
+
+
+def _told(frame: Frame) -> tuple[Any, ...]:
+    return frame.topic, frame.step, frame.epoch, frame.micro_step, frame.kind, frame.layers, frame.components
+
+
+@every_metric
+def test_a_replay_gives_what_the_run_gave_or_says_at_pipe_that_it_needs_the_model(
+    name: str, live: tuple[Path, dict[str, list[Frame]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, by_name = live
+    monkeypatch.setattr(shipped, "REDUCIBLE", _topics_of_adam(shipped.REDUCIBLE))
+    model = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 3))
+    with sl.observe(model, loss=nn.CrossEntropyLoss()) as lens:
+        chain = chains_of(name, lens, every=2)[0]
+    wanted, again = by_name[name], list[Frame]()
+    assert wanted
+    with sl.replay(path, on_error="raise") as replay:
+        if PAGE.needs_of(name, OPERATORS[name]) == "a Lens, or `model=`":
+            with pytest.raises(sl.StreamlensError, match=rf"^{name}\(\) needs the model, and replay"):
+                replay.pipe(*chain)
+            return
+        replay.pipe(*chain).subscribe(again.append)
+        assert replay.play()
+    assert [_told(frame) for frame in again] == [_told(frame) for frame in wanted]
+    for mine, frame in zip(again, wanted, strict=True):
+        for (layer, value), (_, other) in zip(mine.items(), frame.items(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-8, equal_nan=True, msg=layer)
