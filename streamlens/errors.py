@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ClosedLensError",
+    "DatasetError",
     "ExpiredFrameError",
     "LayerNotFoundError",
     "OverwrittenActivationError",
@@ -55,6 +56,10 @@ class UnmergeableError(StreamlensError, ValueError):
 
 class RunStoreError(StreamlensError, RuntimeError):
     """A file that is not a run store, is damaged, or cannot be used as asked."""
+
+
+class DatasetError(StreamlensError, RuntimeError):
+    """A data set's file that is missing, damaged, or could not be downloaded."""
 
 
 class SinkError(StreamlensError, RuntimeError):

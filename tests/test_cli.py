@@ -29,6 +29,7 @@ from streamlens.lab.optimizers import OPTIMIZERS, SCHEDULES
 from streamlens.lab.session import Session
 from streamlens.runs import read_run
 from streamlens.sinks.run_store import RunStore
+from tests.helpers.archives import drawn, write_mnist
 
 EVERYTHING = ("--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy")
 # The fully connected net on three large batches an epoch: as little work as a run can be.
@@ -184,6 +185,39 @@ def test_the_initialisation_reaches_the_model_and_the_store(tmp_path: Path) -> N
     assert first == pytest.approx([(64 / 3) ** 0.5, 8.0], rel=0.05)
 
 
+def test_a_data_set_is_read_from_the_folder_told_and_images_are_resized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [drawn(0, 8, 28, 28), drawn(1, 8, below=10), drawn(2, 4, 28, 28), drawn(3, 4, below=10)]
+    write_mnist(monkeypatch, "MNIST", tmp_path / "data", arrays)
+    arguments = ("-m", "VGG", "-d", "mnist", "--image-size", "8", "-e", "1", "-b", "4", "-v", "none")
+    train(*arguments, "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    with read_run(tmp_path / "run" / "run.db") as run:
+        assert {key: run.metadata[key] for key in ("model", "dataset", "image_size")} == {
+            "model": "VGG",
+            "dataset": "MNIST",
+            "image_size": 8,
+        }
+        assert sorted(set(run.dataframe("loss")["step"])) == [0, 1]
+
+
+def test_a_data_set_that_is_not_there_is_an_error_before_training(tmp_path: Path) -> None:
+    result = streamlens("train", "-d", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "Invalid value for '--dataset': CIFAR10: there is no cifar-10-binary.tar.gz" in words(
+        result.stderr
+    )
+    assert "--download" in words(result.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_too_small_for_the_model_are_an_error_before_training(tmp_path: Path) -> None:
+    result = streamlens("train", "-m", "DenseNet", "--image-size", "3", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "'--image-size': DenseNet: image_size must be at least 4, got 3" in words(result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_ratio_schedule_is_told_its_target_and_its_actions_are_recorded(tmp_path: Path) -> None:
     options = ("-o", "sgd", "--schedule", "ratio", "--target", "0.004", "--ratio-mode", "current")
     assert train(*options, "--out", tmp_path).exit_code == 0
@@ -287,6 +321,7 @@ def test_every_option_has_help_and_a_default() -> None:
         "-l, --learning-rate", "-s, --subsample", "--depth", "-v, --visualisation", "-V, --verbose",
         "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--target",
         "--ratio-mode", "--seed", "--threads", "--out", "--init",
+        "--data-dir", "--download", "--image-size",
     ):  # fmt: skip
         entry = re.search(rf"^  {flag}\b(.+?)(?=^  -|\Z)", text, flags=re.MULTILINE | re.DOTALL)
         assert entry, flag

@@ -5,7 +5,7 @@ Nothing here is needed to observe a model of your own. Needs `pip install "strea
 
 from __future__ import annotations
 
-from streamlens.lab.data import DATASETS, ImageDataset, load_dataset, make_loader
+from streamlens.lab.data import DATASETS, ZCA, ImageDataset, load_dataset, make_loader, whiten
 from streamlens.lab.initialisation import INITIALISATIONS, initialise
 from streamlens.lab.models import (
     MODELS,
@@ -29,6 +29,7 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "VGG",
+    "ZCA",
     "AlexNetMini",
     "ConvNet",
     "DenseNet",
@@ -45,4 +46,5 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "seed_everything",
+    "whiten",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from streamlens.lab._registry import lookup
+from streamlens.lab.plugin_command import list_plugins
 from streamlens.lab.run_commands import export, runs
 
 __all__ = ["app"]
@@ -27,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(runs, name="runs")
 app.command()(export)
+app.command("plugins")(list_plugins)
 
 
 class Visualisation(enum.StrEnum):
@@ -59,46 +62,20 @@ def _told(subsample: int, threads: int, health: bool) -> dict[str, Any]:
     return {"subsample": subsample, "threads": threads, "torch": torch.__version__, **rules}
 
 
-def _known(kind: str, names: Callable[[], Iterable[str]]) -> Callable[[str], str]:
-    """A check of an option's value that gives it as registered, or says what was meant."""
+def _known(kind: str, module: str, names: str) -> Callable[[str], str]:
+    """A check of an option's value that gives it as registered, or says what was meant.
+
+    The names are those of a collection in a module of the lab, which is imported when they are needed.
+    """
 
     def check(value: str) -> str:
+        known = getattr(importlib.import_module(f"streamlens.lab.{module}"), names)
         try:
-            return lookup(kind, value, dict.fromkeys(names()))[0]
+            return lookup(kind, value, dict.fromkeys(known))[0]
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
     return check
-
-
-def _models() -> Iterable[str]:
-    from streamlens.lab.models import MODELS
-
-    return MODELS
-
-
-def _datasets() -> Iterable[str]:
-    from streamlens.lab.data import DATASETS
-
-    return DATASETS
-
-
-def _initialisations() -> Iterable[str]:
-    from streamlens.lab.initialisation import INITIALISATIONS
-
-    return INITIALISATIONS
-
-
-def _optimizers() -> Iterable[str]:
-    from streamlens.lab.optimizers import OPTIMIZERS
-
-    return OPTIMIZERS
-
-
-def _schedules() -> Iterable[str]:
-    from streamlens.lab.optimizers import SCHEDULES
-
-    return SCHEDULES
 
 
 def _positive(value: float) -> float:
@@ -132,15 +109,39 @@ def train(
             "-m",
             help="AlexNetMini, ConvNet (Kingma and Ba), DenseNet, FullyConnected, ResNet18, TransformerLM or "
             "VGG.",
-            callback=_known("model", _models),
+            callback=_known("model", "models", "MODELS"),
         ),
     ] = "AlexNetMini",
     dataset: Annotated[
         str,
         typer.Option(
-            "--dataset", "-d", help="digits: bundled, no download.", callback=_known("data set", _datasets)
+            "--dataset",
+            "-d",
+            help="digits (comes along), MNIST, FashionMNIST, CIFAR10 or CIFAR100 (see --data-dir).",
+            callback=_known("data set", "data", "DATASETS"),
         ),
     ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            help="Folder with the published files of the data set, or of folders named after data sets.",
+            show_default="~/.cache/streamlens",
+        ),
+    ] = None,
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Download files that --data-dir lacks.", show_default="off"),
+    ] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            help="Height and width to resize images to.",
+            min=1,
+            show_default="its own; digits: 32",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Examples an update.", min=1)] = 128,
     epochs: Annotated[
         int, typer.Option("--epochs", "-e", help="Passes through the training set.", min=1)
@@ -151,7 +152,7 @@ def train(
             "--init",
             help="Initialisation: default (PyTorch's), kaiming_normal, kaiming_uniform, lecun_normal, "
             "orthogonal, xavier_normal or xavier_uniform.",
-            callback=_known("initialisation", _initialisations),
+            callback=_known("initialisation", "initialisation", "INITIALISATIONS"),
         ),
     ] = "default",
     optimizer: Annotated[
@@ -160,7 +161,7 @@ def train(
             "--optimizer",
             "-o",
             help="One of torch.optim: Adam, AdamW, SGD, RMSprop and so on.",
-            callback=_known("optimizer", _optimizers),
+            callback=_known("optimizer", "optimizers", "OPTIMIZERS"),
         ),
     ] = "Adam",
     learning_rate: Annotated[
@@ -173,7 +174,7 @@ def train(
             "--schedule",
             help="Of the learning rate: constant, exponential (times 0.95 after each epoch), or ratio "
             "(set after each update so that the update-to-weight ratio comes to --target).",
-            callback=_known("schedule", _schedules),
+            callback=_known("schedule", "optimizers", "SCHEDULES"),
         ),
     ] = "constant",
     target: Annotated[
@@ -300,7 +301,7 @@ def train(
     # Imported here, so that --help and --version answer at once.
     import torch
 
-    from streamlens.errors import StreamlensError
+    from streamlens.errors import DatasetError, StreamlensError
     from streamlens.lab.data import load_dataset
     from streamlens.lab.initialisation import initialise
     from streamlens.lab.metrics import parse_metric
@@ -318,8 +319,14 @@ def train(
     ]
     seed_everything(seed)
     torch.set_num_threads(threads)
-    data = load_dataset(dataset)
-    network = make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes)
+    try:
+        data = load_dataset(dataset, data_dir=data_dir, download=download, image_size=image_size)
+    except DatasetError as error:
+        raise typer.BadParameter(str(error), param_hint="'--dataset'") from None
+    try:
+        network = make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--image-size'") from None
     trainer = Trainer(
         initialise(network, init),
         data,
@@ -332,7 +339,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         measure=measure,
-        metadata={**_told(subsample, threads, health), "init": init},
+        metadata={**_told(subsample, threads, health), "init": init, "image_size": data.image_size},
     )
     try:
         texts = [*(["hessian_eigenvalues"] if hessian else []), *(metric or [])]
@@ -372,23 +379,3 @@ def _shown(visualisation: Sequence[Visualisation]) -> list[str]:
             param_hint="'--visualisation' / '-v'",
         )
     return shown
-
-
-@app.command("plugins")
-def list_plugins() -> None:
-    """List all operators and sinks, shipped or installed, and what is wrong with those that are broken."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from streamlens.plugins import plugins
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("Name", "Kind", "Package", "Version"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("What it is", overflow="fold")
-    for plugin in plugins():
-        # As Text: brackets in other people's words are no markup.
-        told = Text(f"error: {plugin.error}", "red") if plugin.error else Text(plugin.summary)
-        table.add_row(*map(Text, (plugin.name, plugin.kind, plugin.package, plugin.version)), told)
-    Console(highlight=False).print(table)

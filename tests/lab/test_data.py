@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from streamlens.lab.data import ImageDataset, load_dataset, make_loader
+from streamlens.lab.data.dataset import Recipe, Split, prepare
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,42 @@ def test_batches_have_the_size_asked_for_and_the_last_one_the_rest(digits: Image
 def test_a_batch_size_below_one_is_an_error(digits: ImageDataset) -> None:
     with pytest.raises(ValueError, match="batch_size=0"):
         make_loader(digits.train, batch_size=0)
+
+
+def test_digits_of_8_pixels_are_those_of_the_collection() -> None:
+    data = load_dataset("digits", image_size=8)
+    bunch = load_digits()
+    assert data.image_size == 8
+    found: list[int] = []
+    originals = torch.as_tensor(bunch.images, dtype=torch.float32).flatten(1)
+    for split in (data.train, data.test):
+        flat = split.tensors[0][:, 0].flatten(1)
+        grey = (flat - flat.min()) / (flat.max() - flat.min()) * 16
+        distance, nearest = torch.cdist(grey, originals).min(dim=1)
+        assert distance.max() < 0.1, "grey levels lie 1 apart"
+        found += nearest.tolist()
+    assert sorted(found) == list(range(1797))
+
+
+def test_a_size_below_one_is_an_error() -> None:
+    with pytest.raises(ValueError, match="digits: image_size must be at least 1, got 0"):
+        load_dataset("digits", image_size=0)
+
+
+def test_a_data_set_is_loaded_once() -> None:
+    assert load_dataset("digits") is load_dataset("DIGITS")
+
+
+def test_a_channel_without_contrast_stays_0_and_finite() -> None:
+    grey = Split(torch.full((3, 1, 2, 2), 7, dtype=torch.uint8), torch.zeros(3))
+    recipe = Recipe("grey", classes=1, channels=1, image_size=2, read=lambda *_: (grey, grey))
+    assert not prepare(recipe, grey, grey, 2).train.tensors[0].any()
+
+
+def test_smaller_images_are_averages_and_not_every_nth_pixel() -> None:
+    stripes = torch.zeros(2, 1, 8, 8)
+    stripes[:1, :, :, ::4] = 1  # between the pixels that plain interpolation would look at
+    split = Split(stripes, torch.zeros(2))
+    recipe = Recipe("stripes", classes=1, channels=1, image_size=8, read=lambda *_: (split, split))
+    striped, empty = prepare(recipe, split, split, 2).train.tensors[0]
+    assert (striped > empty).all()
