@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import enum
-import importlib
 import importlib.metadata
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from streamlens.lab._registry import lookup
+from streamlens.lab.choices import built, known, loaded, positive
 from streamlens.lab.plugin_command import list_plugins
 from streamlens.lab.run_commands import export, runs
 
@@ -62,28 +60,6 @@ def _told(subsample: int, threads: int, health: bool) -> dict[str, Any]:
     return {"subsample": subsample, "threads": threads, "torch": torch.__version__, **rules}
 
 
-def _known(kind: str, module: str, names: str) -> Callable[[str], str]:
-    """A check of an option's value that gives it as registered, or says what was meant.
-
-    The names are those of a collection in a module of the lab, which is imported when they are needed.
-    """
-
-    def check(value: str) -> str:
-        known = getattr(importlib.import_module(f"streamlens.lab.{module}"), names)
-        try:
-            return lookup(kind, value, dict.fromkeys(known))[0]
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return check
-
-
-def _positive(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise typer.BadParameter(f"{value} is not a finite number above 0")
-    return value
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"streamlens {importlib.metadata.version('streamlens')}")
@@ -109,7 +85,7 @@ def train(
             "-m",
             help="AlexNetMini, ConvNet (Kingma and Ba), DenseNet, FullyConnected, ResNet18, TransformerLM or "
             "VGG.",
-            callback=_known("model", "models", "MODELS"),
+            callback=known("model", "models", "MODELS"),
         ),
     ] = "AlexNetMini",
     dataset: Annotated[
@@ -118,7 +94,7 @@ def train(
             "--dataset",
             "-d",
             help="digits (comes along), MNIST, FashionMNIST, CIFAR10 or CIFAR100 (see --data-dir).",
-            callback=_known("data set", "data", "DATASETS"),
+            callback=known("data set", "data", "DATASETS"),
         ),
     ] = "digits",
     data_dir: Annotated[
@@ -152,7 +128,7 @@ def train(
             "--init",
             help="Initialisation: default (PyTorch's), kaiming_normal, kaiming_uniform, lecun_normal, "
             "orthogonal, xavier_normal or xavier_uniform.",
-            callback=_known("initialisation", "initialisation", "INITIALISATIONS"),
+            callback=known("initialisation", "initialisation", "INITIALISATIONS"),
         ),
     ] = "default",
     optimizer: Annotated[
@@ -161,12 +137,12 @@ def train(
             "--optimizer",
             "-o",
             help="One of torch.optim: Adam, AdamW, SGD, RMSprop and so on.",
-            callback=_known("optimizer", "optimizers", "OPTIMIZERS"),
+            callback=known("optimizer", "optimizers", "OPTIMIZERS"),
         ),
     ] = "Adam",
     learning_rate: Annotated[
         float,
-        typer.Option("--learning-rate", "-l", help="Learning rate, above 0.", callback=_positive),
+        typer.Option("--learning-rate", "-l", help="Learning rate, above 0.", callback=positive),
     ] = 3e-3,
     schedule: Annotated[
         str,
@@ -174,13 +150,13 @@ def train(
             "--schedule",
             help="Of the learning rate: constant, exponential (times 0.95 after each epoch), or ratio "
             "(set after each update so that the update-to-weight ratio comes to --target).",
-            callback=_known("schedule", "optimizers", "SCHEDULES"),
+            callback=known("schedule", "optimizers", "SCHEDULES"),
         ),
     ] = "constant",
     target: Annotated[
         float,
         typer.Option(
-            "--target", help="Update-to-weight ratio that --schedule ratio aims at.", callback=_positive
+            "--target", help="Update-to-weight ratio that --schedule ratio aims at.", callback=positive
         ),
     ] = 1e-3,
     ratio_mode: Annotated[
@@ -301,11 +277,8 @@ def train(
     # Imported here, so that --help and --version answer at once.
     import torch
 
-    from streamlens.errors import DatasetError, StreamlensError
-    from streamlens.lab.data import load_dataset
-    from streamlens.lab.initialisation import initialise
+    from streamlens.errors import StreamlensError
     from streamlens.lab.metrics import parse_metric
-    from streamlens.lab.models import make_model
     from streamlens.lab.recording import chains, default_folder
     from streamlens.lab.seeding import seed_everything
     from streamlens.lab.session import Session
@@ -319,16 +292,9 @@ def train(
     ]
     seed_everything(seed)
     torch.set_num_threads(threads)
-    try:
-        data = load_dataset(dataset, data_dir=data_dir, download=download, image_size=image_size)
-    except DatasetError as error:
-        raise typer.BadParameter(str(error), param_hint="'--dataset'") from None
-    try:
-        network = make_model(model, channels=data.channels, image_size=data.image_size, classes=data.classes)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--image-size'") from None
+    data = loaded(dataset, data_dir, download, image_size)
     trainer = Trainer(
-        initialise(network, init),
+        built(model, data, init),
         data,
         optimizer=optimizer,
         learning_rate=learning_rate,
