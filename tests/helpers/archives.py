@@ -41,7 +41,7 @@ def idx(array: Bytes, *, kind: int = 8) -> bytes:
 
 def write_idx(path: Path, array: Bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(idx(array)))
+    path.write_bytes(gzip.compress(idx(array), mtime=0))
     return path
 
 

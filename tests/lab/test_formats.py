@@ -26,29 +26,47 @@ def test_idx_files_give_back_what_was_written(tmp_path: Path) -> None:
 def test_the_last_dimension_of_an_idx_file_is_the_fastest_and_sizes_are_big_endian(tmp_path: Path) -> None:
     # Written out, byte by byte, as the format's description has it.
     header = b"\x00\x00\x08\x03" + b"\x00\x00\x00\x01" + b"\x00\x00\x00\x02" + b"\x00\x00\x00\x03"
-    (tmp_path / "file.gz").write_bytes(gzip.compress(header + bytes([1, 2, 3, 4, 5, 6])))
+    (tmp_path / "file.gz").write_bytes(packed(header + bytes([1, 2, 3, 4, 5, 6])))
     assert read_idx(tmp_path / "file.gz", dimensions=3).tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
 
+def packed(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
 GOOD = idx(drawn(0, 2, 3, 3))
-NOISE = gzip.compress(idx(drawn(0, 40, 28, 28)))
+NOISE = packed(idx(drawn(0, 40, 28, 28)))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(idx(drawn(0, 2, 3, 3), kind=0x0D)), "magic number is 0x00000d03, not 0x00000803"),
-        (gzip.compress(idx(drawn(0, 18))), "magic number is 0x00000801, not 0x00000803"),
-        (gzip.compress(b"\x01" + GOOD[1:]), "magic number is 0x01000803"),
-        (gzip.compress(GOOD[:-1]), "its header tells of 18 bytes, it has 17"),
-        (gzip.compress(GOOD + b"x"), "its header tells of 18 bytes, it has more"),
-        (gzip.compress(GOOD[:10]), "it ends within its header"),
-        (gzip.compress(b""), "it ends within its header"),
-        (gzip.compress(GOOD[:4] + b"\xff" * 12), r"its header tells of \d{20,} bytes"),
+        (packed(idx(drawn(0, 2, 3, 3), kind=0x0D)), "magic number is 0x00000d03, not 0x00000803"),
+        (packed(idx(drawn(0, 18))), "magic number is 0x00000801, not 0x00000803"),
+        (packed(b"\x01" + GOOD[1:]), "magic number is 0x01000803"),
+        (packed(GOOD[:-1]), "its header tells of 18 bytes, it has 17"),
+        (packed(GOOD + b"x"), "its header tells of 18 bytes, it has more"),
+        (packed(GOOD[:10]), "it ends within its header"),
+        (packed(b""), "it ends within its header"),
+        (packed(GOOD[:4] + b"\xff" * 12), r"its header tells of \d{20,} bytes"),
         (NOISE[: len(NOISE) // 2], "is no whole gzip file"),
         (NOISE[:-6] + b"\x00\x00" + NOISE[-4:], "is no whole gzip file: CRC check failed"),
         (GOOD, "is no whole gzip file: Not a gzipped file"),
         (NOISE[:200] + bytes(200) + NOISE[400:], "is no whole gzip file|ends|tells of"),
+    ],
+    ids=[
+        "floats",
+        "one dimension",
+        "magic",
+        "one byte short",
+        "one byte over",
+        "half a header",
+        "empty",
+        "boundless",
+        "truncated gzip",
+        "checksum",
+        "not compressed",
+        "changed within",
     ],
 )
 def test_a_damaged_idx_file_is_an_error_that_names_it_and_the_damage(
@@ -109,6 +127,7 @@ RECORDS = records([drawn(0, 2, below=10)], drawn(1, 2, 3, 32, 32))
         ({"y.bin": RECORDS}, {"x.bin": "y.bin"}, "x.bin is not one plain file"),
         ({"y.bin": RECORDS}, {"x.bin": "/etc/passwd"}, "x.bin is not one plain file"),
     ],
+    ids=["missing", "half a record", "empty", "link within", "link outside"],
 )
 def test_a_damaged_cifar_archive_is_an_error_that_names_it_and_the_damage(
     members: dict[str, bytes], links: dict[str, str], message: str, tmp_path: Path
