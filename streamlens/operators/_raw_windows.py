@@ -13,6 +13,7 @@ from streamlens.chain import Mark, MarkKind
 from streamlens.frame import Frame, Kind
 from streamlens.nodes import Emitted
 from streamlens.operators._base import OperatorNode, TopicKey, frame_from_state, frame_state, relabelled
+from streamlens.operators._layout import UnitDimensions
 from streamlens.operators._tensors import check_whole
 from streamlens.operators._windowed import StepWindows
 from streamlens.stream import Stream
@@ -55,24 +56,27 @@ class RawWindow(OperatorNode):
         operator: The operator's name, for messages.
         window: Steps in a window.
         name: What is appended to the topic.
+        unit_dim: The dimension that counts a layer's units, where the user has said it.
     """
 
-    def __init__(self, stream: Stream, operator: str, window: int, name: str) -> None:
+    def __init__(self, stream: Stream, operator: str, window: int, name: str, unit_dim: int | None) -> None:
         super().__init__(stream.runtime)
         self._operator = operator
         self._windows = StepWindows(window, window)
         self._name = name
+        self._unit_dims = UnitDimensions.of_stream(stream, unit_dim)
         self._of_a_run = stream.lens is not None
         self._since = stream.runtime.step if self._of_a_run else 0
         self._open: dict[TopicKey, _Open] = {}
         self._told: set[str] = set()
 
-    def gather(self, held: Gathered | None, value: Tensor) -> Gathered:
+    def gather(self, held: Gathered | None, value: Tensor, unit_dim: int | None) -> Gathered:
         """What is kept of a layer once another of its tensors has come.
 
         Args:
             held: What was kept before; None at a window's first.
             value: The tensor, valid now only.
+            unit_dim: The dimension that counts its units; None where only its shape can tell.
         """
         raise NotImplementedError
 
@@ -104,12 +108,12 @@ class RawWindow(OperatorNode):
             window = self._open[key] = _Open(index, self._since + 1 if late_start else self._since, at)
         window.at = at
         for layer, value in frame.items():
-            self._gather(window.layers, layer, value)
+            self._gather(window.layers, layer, value, self._unit_dims.of(layer, value, frame.topic))
         return out
 
-    def _gather(self, layers: dict[str, Gathered], layer: str, value: Tensor) -> None:
+    def _gather(self, layers: dict[str, Gathered], layer: str, value: Tensor, unit_dim: int | None) -> None:
         try:
-            layers[layer] = self.gather(layers.get(layer), value)
+            layers[layer] = self.gather(layers.get(layer), value, unit_dim)
         except Exception as error:
             layers.pop(layer, None)
             message = f"{layer}: {error}"

@@ -27,6 +27,7 @@ from streamlens.nodes import Emitted
 from streamlens.operators._base import is_whole, relabelled
 from streamlens.operators._batches import called, device_of, map_tensors, moved
 from streamlens.operators._isolated import isolated_copy, unwrapped, widened_input
+from streamlens.operators._layout import UnitDimensions
 from streamlens.operators._model import FindModel, ModelNode, check_unsharded, evaluating, on_model
 from streamlens.operators._places import Places, check_places, check_unit_dim, rows_of
 from streamlens.operators._tensors import copies, wide
@@ -53,7 +54,7 @@ class Probe:
         operator: The metric's name, for messages.
         inputs: What the model is called with; copies of its tensors are kept.
         places: What becomes of the places of an output.
-        unit_dim: The dimension of the units; by the number of dimensions if None.
+        unit_dim: The dimension of the units; by the module's class, else the number of dimensions, if None.
         max_rows: The most rows of a matrix; all of them if None.
         forward: How the model is called; by convention if None.
     """
@@ -131,6 +132,7 @@ class Probe:
         found: dict[tuple[int, int], tuple[str, Tensor]] = {}
         failed: dict[str, Exception] = {}
         calls: Counter[str] = Counter()
+        units = UnitDimensions(self.unit_dim, index.modules)
 
         def take(name: str, output: Any) -> None:
             call = calls[name]
@@ -140,7 +142,7 @@ class Probe:
             if tensor is None:
                 return
             try:
-                rows = rows_of(tensor, self.places, self.unit_dim, self.max_rows)
+                rows = rows_of(tensor, self.places, units.of(layer, tensor), self.max_rows)
                 found[order[name], call] = layer, keep(wide(rows.clone()))
             except Exception as error:
                 failed[layer] = error

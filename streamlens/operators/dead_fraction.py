@@ -44,7 +44,9 @@ def dead_fraction(
     Args:
         topic: The topic; None takes the stream as it is.
         window: Steps in a window; each batch by itself unless given.
-        unit_dim: The dimension that counts the units. Outputs of `nn.Conv1d`, (N, C, L), need 1.
+        unit_dim: The dimension that counts the units. Unless given, a window on a Lens tells it by the
+            module's class, as `saturation` does; single batches are reduced without their module, so that
+            outputs of `nn.Conv1d`, (N, C, L), and of a ReLU after it need 1 there.
 
     Returns:
         The operator.
@@ -77,12 +79,11 @@ class _Dead(RawWindow):
     """Keeps which units have been other than zero."""
 
     def __init__(self, stream: Stream, window: int, unit_dim: int | None) -> None:
-        super().__init__(stream, "dead_fraction", window, f"dead_fraction.window{window}")
-        self._unit_dim = unit_dim
+        super().__init__(stream, "dead_fraction", window, f"dead_fraction.window{window}", unit_dim)
 
-    def gather(self, held: Gathered | None, value: Tensor) -> Gathered:
+    def gather(self, held: Gathered | None, value: Tensor, unit_dim: int | None) -> Gathered:
         """The units that were alive before or are in this batch."""
-        alive = alive_units(value, self._unit_dim)
+        alive = alive_units(value, unit_dim)
         if held is None:
             return {"alive": alive}
         if held["alive"].shape != alive.shape:

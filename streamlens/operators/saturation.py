@@ -63,8 +63,10 @@ def saturation(
         window: Steps in a window.
         share: Of the variance, above 0 and at most 1.
         places: What becomes of the places of an output.
-        unit_dim: The dimension that counts the units: unless given, 1 for outputs with four dimensions or
-            more, else the last. Outputs of `nn.Conv1d`, (N, C, L), need 1.
+        unit_dim: The dimension that counts the units. Unless given, a Lens tells it by the module's class:
+            channels of `nn.Conv1d` are dimension 1, features of `nn.Linear` the last, and an activation in
+            an `nn.Sequential` has that of what comes before it. Where nothing tells, it is 1 for outputs
+            with four dimensions or more, else the last.
         max_units: Layers with more columns are left out, and reported once.
         max_rows: The most rows of a batch, spread over all places alike; all of them unless given.
 
@@ -114,16 +116,15 @@ class _Saturation(RawWindow):
         max_units: int,
         max_rows: int | None,
     ) -> None:
-        super().__init__(stream, "saturation", window, "saturation")
+        super().__init__(stream, "saturation", window, "saturation", unit_dim)
         self._share = share
         self._places = places
-        self._unit_dim = unit_dim
         self._max_units = max_units
         self._max_rows = max_rows
 
-    def gather(self, held: Gathered | None, value: Tensor) -> Gathered:
+    def gather(self, held: Gathered | None, value: Tensor, unit_dim: int | None) -> Gathered:
         """The statistics of all rows so far."""
-        rows = wide(rows_of(value, self._places, self._unit_dim, self._max_rows))
+        rows = wide(rows_of(value, self._places, unit_dim, self._max_rows))
         units = rows.shape[1]
         if units > self._max_units:
             raise StreamlensError(

@@ -74,8 +74,8 @@ def svcca(
         share: Of the variance, above 0 and at most 1; with 1 this is CCA of all that is above rounding.
         places: What becomes of pixels and tokens: `"each"` is a data point; `"mean"` over those of an
             example; `"flatten"`, each is a unit of its own.
-        unit_dim: The dimension that counts the units: unless given, 1 for outputs with four dimensions or
-            more, else the last. Outputs of `nn.Conv1d`, (N, C, L), need 1.
+        unit_dim: The dimension that counts the units: unless given, by the module's class, as for
+            `saturation`.
         max_rows: The most data points; None for all.
         forward: A function of the model and the probe, in place of calling the one with the other.
         model: The model, on streams that come from no lens; held weakly.

@@ -15,7 +15,6 @@ from torch import nn
 from streamlens.errors import LayerNotFoundError, UnknownTopicError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
-from streamlens.operators._merge import merged
 from streamlens.operators.alerts._inputs import Input, chained
 from streamlens.operators.alerts._layers import Array, LayerTable
 from streamlens.operators.alerts._rule import Judge, Look, Rule, Severity, Verdict, number
@@ -47,38 +46,23 @@ def _saturation(window: int) -> Operator:
         try:
             return topic(_SATURATION)(source)
         except UnknownTopicError:
-            ways = [
-                chained(layers(*map(glob.escape, names)), saturation(window=window, unit_dim=dim))
-                for dim, names in _sized(source.module_classes()).items()
-            ]
-        found: list[Observable[Frame]] = []
-        for way in ways:
-            try:
-                found.append(way(source))
-            except LayerNotFoundError:
-                # The modules lie outside of what the lens was narrowed to.
-                continue
-        if not found:
+            names = _sized(source.module_classes())
+        if not names:
             raise LayerNotFoundError("no layer with a matrix of weights, beside the last one")
-        return found[0] if len(found) == 1 else merged(source, found)
+        return chained(layers(*map(glob.escape, names)), saturation(window=window))(source)
 
     return apply
 
 
-def _sized(modules: Mapping[str, nn.Module]) -> dict[int | None, list[str]]:
-    """The layers with units to add or take away, by the dimension of their outputs that counts these.
+def _sized(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers with units to add or take away.
 
     The last one has as many outputs as the task asks for.
     """
     owners = [
-        (name, module)
-        for name, module in modules.items()
-        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+        name for name, module in modules.items() if any(p.ndim > 1 for p in module.parameters(recurse=False))
     ]
-    found: dict[int | None, list[str]] = {}
-    for name, module in owners[:-1]:
-        found.setdefault(1 if isinstance(module, nn.Conv1d) else None, []).append(name)
-    return found
+    return owners[:-1]
 
 
 class _Sizes(Judge):
