@@ -9,7 +9,7 @@ whole backward has run, on the thread that called it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ from streamlens.capture.sharded import WHOLE, Part, known_part_of, local
 from streamlens.capture.table import Table
 from streamlens.errors import OverwrittenActivationError
 from streamlens.frame import Frame, Kind, Lease
+from streamlens.reductions import Reduction
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.view import Demand
 
 __all__ = ["ForwardCapture"]
+
+_ALSO_TOLD: Final = 2
+"""Steps after which it is no news any more that values are unremarkable: an alert ends with the second."""
 
 
 class _Side:
@@ -66,6 +70,7 @@ class ForwardCapture:
         self._overwritten: set[str] = set()
         self._interned = Interned()
         self._repeated: dict[str, int] = {}
+        self._remarkable: dict[tuple[str, Reduction, frozenset[str] | None], int] = {}
         self.plan: PassPlan | None = None
         self.provisional: set[str] = set()
         """Layers whose gradient has a graph of its own: the loss's own, or on the way to the loss."""
@@ -77,6 +82,7 @@ class ForwardCapture:
     def reset(self) -> None:
         """Forget every plan, because demands or the model changed; the open pass keeps its own."""
         self._plans.clear()
+        self._remarkable.clear()
 
     def begin_pass(self, due: Sequence[Demand]) -> None:
         """A new micro-step begins, for which these demands are due."""
@@ -145,13 +151,14 @@ class ForwardCapture:
     def output_of(self, name: str, output: Any) -> None:
         """A module has returned."""
         plan = self.plan
-        if plan is None or not plan.takes(name):
+        taken = None if plan is None else plan.taken.get(name)
+        if taken is None:
             return
         tensor = first_tensor(output)
         if tensor is None:
             return
         key = self.take_output(name, tensor)
-        if key is not None and tensor.requires_grad and plan.takes_gradient(name):
+        if key is not None and taken.gradient and tensor.requires_grad:
             place = tensor.output_nr if tensor.grad_fn is not None else 0
             hook = GradientHook(self._engine, name, key, self._engine.clock.passes, place)
             self.hook_tensor(tensor, hook)
@@ -168,20 +175,22 @@ class ForwardCapture:
             The key of this call of the module; None if nothing is wanted of it.
         """
         plan = self.plan
-        if plan is None or not plan.takes(name):
+        taken = None if plan is None else plan.taken.get(name)
+        if plan is None or taken is None:
             return None
         call = self._repeated.get(name, 0)
         self._repeated[name] = call + 1
         key = f"{name}@{call}" if call else name
-        need, raw = plan.needs["activations"].get(name), name in plan.raw["activations"]
+        need, raw = taken.need, taken.raw
         if need or raw:
             side = self._sides["activations"]
-            value = tensor.detach()
             side.calls[key] = name
             if need:
-                note_part(self._engine, side.table, key, value)
-                side.table.measure(key, local(value), need, side.failed)
+                if plan.merging:
+                    note_part(self._engine, side.table, key, tensor)
+                side.table.measure(key, local(tensor), need, side.failed)
             if raw:
+                value = tensor.detach()
                 fixed = lent or name in self._overwritten or tensor.is_inference()
                 side.raw[key] = (value.clone(), -1) if fixed else (value, tensor._version)
         return key
@@ -299,6 +308,8 @@ class ForwardCapture:
         for output, keys in outputs:
             reduction = output.reduction
             assert reduction is not None
+            if self._needless(output, reduction, table, keys):
+                continue
             if foreign:
                 wanted = output.wanted
                 called = (key for key in foreign if wanted is None or key.partition("@")[0] in wanted)
@@ -309,6 +320,17 @@ class ForwardCapture:
             if frame is not None:
                 frames.append((output.demands, frame))
         return frames
+
+    def _needless(
+        self, output: PassOutput, reduction: Reduction, table: Table, keys: tuple[str, ...]
+    ) -> bool:
+        """Whether nobody has to be told of some values, nor that they are as they were before."""
+        if reduction.unremarkable is None:
+            return False
+        what, step = (output.topic, reduction, output.wanted), self._engine.clock.step
+        if what not in self._remarkable or not table.unremarkable(reduction, keys):
+            self._remarkable[what] = step
+        return step > self._remarkable[what] + _ALSO_TOLD
 
     def _raw_frame(self, topic: str, keys: tuple[str, ...], side: _Side, lease: Lease) -> Frame | None:
         engine = self._engine

@@ -29,6 +29,21 @@ class PassOutput:
     demands: list[Demand] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What is taken of one module's output.
+
+    Attributes:
+        need: What is to be known of it.
+        raw: Whether it is wanted itself.
+        gradient: Whether anything of its gradient is.
+    """
+
+    need: Needs | None
+    raw: bool
+    gradient: bool
+
+
 @dataclass(eq=False)
 class PassPlan:
     """What a pass has to take: compiled once for a set of due demands."""
@@ -36,16 +51,18 @@ class PassPlan:
     outputs: dict[str, list[PassOutput]]
     needs: dict[str, dict[str, Needs]]
     raw: dict[str, frozenset[str]]
+    merging: bool
+    """Whether what is taken may be a part of what several processes have."""
+    taken: dict[str, Taken] = field(init=False)
+    """What is taken of the modules of whose output anything is."""
 
-    def takes(self, name: str) -> bool:
-        """Whether anything is taken of a module's output."""
-        return (
-            name in self.needs["activations"] or name in self.raw["activations"] or self.takes_gradient(name)
-        )
-
-    def takes_gradient(self, name: str) -> bool:
-        """Whether its gradient is taken."""
-        return name in self.needs["layer_gradients"] or name in self.raw["layer_gradients"]
+    def __post_init__(self) -> None:
+        needs, gradients = self.needs["activations"], self.needs["layer_gradients"]
+        raw, raw_gradients = self.raw["activations"], self.raw["layer_gradients"]
+        self.taken = {
+            name: Taken(needs.get(name), name in raw, name in gradients or name in raw_gradients)
+            for name in {*needs, *gradients, *raw, *raw_gradients}
+        }
 
 
 def compile_pass(due: Sequence[Demand], index: ModelIndex, *, merging: bool = False) -> PassPlan:
@@ -79,7 +96,7 @@ def compile_pass(due: Sequence[Demand], index: ModelIndex, *, merging: bool = Fa
                     wants.setdefault(name, []).append(output.reduction)
         needs[topic] = {name: Needs.of(reductions, merging=merging) for name, reductions in wants.items()}
         raw[topic] = frozenset(untouched)
-    return PassPlan(outputs, needs, raw)
+    return PassPlan(outputs, needs, raw, merging)
 
 
 def layers_by_topic(index: ModelIndex) -> dict[str, frozenset[str]]:

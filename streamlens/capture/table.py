@@ -214,9 +214,7 @@ class Table:
         """Compute reductions that take the tensor as a whole."""
         for reduction in reductions:
             try:
-                with torch.no_grad():
-                    result = reduction.reduce([tensor])[0].clone()
-                self._results.setdefault(reduction, {})[key] = result
+                self._results.setdefault(reduction, {})[key] = reduction.reduce_one(tensor)
             except Exception as error:
                 on_error(key, error)
 
@@ -239,6 +237,11 @@ class Table:
         return tuple(left)
 
     # -- reading -----------------------------------------------------------------------------
+
+    def unremarkable(self, reduction: Reduction, keys: Iterable[Hashable]) -> bool:
+        """Whether nobody has to be told what a reduction has come to for these layers."""
+        results = self._results.get(reduction, {})
+        return all(results.get(key) is reduction.unremarkable for key in keys)
 
     @property
     def measured(self) -> set[Hashable]:

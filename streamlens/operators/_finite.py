@@ -20,6 +20,9 @@ _RUN: Final = 16
 """Neighbours that are looked at together: of float32, what one line of a cache holds."""
 
 
+_FINITE: Final = torch.zeros(())
+
+
 @dataclass(frozen=True)
 class FiniteProbe(Reduction):
     """0 where what is looked at of a tensor is finite, else NaN.
@@ -31,6 +34,7 @@ class FiniteProbe(Reduction):
 
     adds: ClassVar[bool] = True
     tells_finite: ClassVar[bool] = True
+    unremarkable: ClassVar[Tensor | None] = _FINITE
 
     @property
     def name(self) -> str:
@@ -47,23 +51,27 @@ class FiniteProbe(Reduction):
             return _probe(tensors[0]).reshape(1)
         return torch.stack([_probe(tensor) for tensor in tensors])
 
+    def reduce_one(self, tensor: Tensor) -> Tensor:
+        """0 or NaN."""
+        return _probe(tensor)
+
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole is finite where all of its parts are."""
         return torch.stack(list(parts)).sum(dim=0)
 
 
-_FINITE: Final = torch.zeros(())
-
-
 def _probe(tensor: Tensor) -> Tensor:
-    flat = flat_real(tensor)
+    # Looking at it as a vector costs as much again as summing it up.
+    simple = type(tensor) is Tensor and tensor.is_contiguous() and not tensor.is_complex()
+    flat = tensor.detach() if simple else flat_real(tensor.detach())
     if not flat.is_floating_point():
         return torch.zeros((), device=flat.device)
-    if len(flat) > SAMPLED:
-        distance = -(-len(flat) * _RUN // SAMPLED)
-        runs = (len(flat) - _RUN) // distance + 1
-        flat = flat.as_strided((runs, _RUN), (distance * flat.stride(0), flat.stride(0)))
-    if flat.device.type == "cpu" and math.isfinite(flat.sum(dtype=torch.float32).item()):
+    elements = flat.numel()
+    if elements > SAMPLED:
+        # Of what is one block of memory, whatever its shape.
+        distance = -(-elements * _RUN // SAMPLED)
+        flat = flat.as_strided(((elements - _RUN) // distance + 1, _RUN), (distance, 1))
+    if flat.is_cpu and math.isfinite(flat.sum(dtype=torch.float32).item()):
         # A finite sum has finite terms only; nothing waits for it here.
         return _FINITE
     # Zero times whatever is not finite is NaN, and no finite number is too large for it.

@@ -27,6 +27,12 @@ class Reduction:
     """Whether `merge` adds up, so that parts need not be kept apart on the way."""
     tells_finite: ClassVar[bool] = False
     """Whether the value of `reduce` is finite exactly where what it looks at is."""
+    unremarkable: ClassVar[Tensor | None] = None
+    """The value that nobody has to be told of, if there is one: this very tensor, as `reduce_one` gives it.
+
+    Where all layers of a pass have it, no frame is made of its activations, but for the first steps after
+    others had come, so that it shows that they are over.
+    """
     components: tuple[str, ...] = ()
 
     @property
@@ -52,6 +58,11 @@ class Reduction:
         needs = self.needs()
         table, count = summarise(tensors, needs)
         return self.finish(table, count)
+
+    def reduce_one(self, tensor: Tensor) -> Tensor:
+        """The value of one tensor, which may be kept."""
+        with torch.no_grad():
+            return self.reduce([tensor])[0].clone()
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The value of a whole from the values of its parts, each `[layers, ...]`.

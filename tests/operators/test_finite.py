@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import streamlens as sl
+from streamlens.frame import Frame
 from streamlens.operators._finite import SAMPLED, FiniteProbe
+from streamlens.operators.statistics import reduction_operator
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -51,3 +55,31 @@ def test_integers_and_complex_numbers_and_strides_are_no_hindrance() -> None:
 def test_a_whole_is_finite_where_its_parts_are() -> None:
     parts = [torch.tensor([0.0, 0.0]), torch.tensor([0.0, torch.nan])]
     assert str(FiniteProbe().merge(parts).tolist()) == "[0.0, nan]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.cfloat])
+@pytest.mark.parametrize("size", [5, SAMPLED + 1])
+def test_one_tensor_alone_gives_what_it_gives_among_others(dtype: torch.dtype, size: int) -> None:
+    tensor = torch.ones(size, dtype=dtype)
+    assert FiniteProbe().reduce_one(tensor).item() == 0
+    if dtype is not torch.int64:
+        tensor[0] = torch.nan
+        assert FiniteProbe().reduce_one(tensor).isnan()
+
+
+def test_finite_outputs_are_told_of_only_at_first_and_after_others() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen: list[Frame] = []
+    with sl.observe(model) as lens:
+        lens.pipe(reduction_operator(FiniteProbe(), "activations", "finite_probe")).subscribe(seen.append)
+        for step in range(12):
+            batch = torch.full((2, 3), torch.inf if step == 6 else 1.0)
+            model(batch).sum().backward()
+            optimizer.zero_grad()
+            optimizer.step()
+    assert [frame.step for frame in seen] == [0, 1, 2, 6, 7, 8]
+    assert [any(value.isnan() for _, value in frame.items()) for frame in seen] == [
+        step == 6 for step in (0, 1, 2, 6, 7, 8)
+    ]
+    assert all(frame.layers == ("0", "1") for frame in seen)
