@@ -167,10 +167,12 @@ class Trainer:
         """The share of images classified rightly, in evaluation mode and unseen by the lens."""
         with self.lens.paused(), undisturbed(self.model), evaluating(self.model) as model:
             right = torch.zeros((), dtype=torch.long)
+            of = 0
             for images, labels in make_loader(split, batch_size=_EVALUATION_BATCH, shuffle=False):
                 predicted = model(self._placed(images)).argmax(dim=1)
                 right += (predicted.cpu() == labels).sum()
-        return right.item() / len(split)
+                of += labels.numel()  # of a text, every token counts
+        return right.item() / of
 
     def _update(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad()

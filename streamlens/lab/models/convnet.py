@@ -18,7 +18,7 @@ class ConvNet(nn.Module):
     a layer of 1,000 rectified linear units; a linear classifier. Dropout acts on the image and on the
     1,000 units. The paper tells neither its rates nor the padding: the rates here are those of
     Srivastava et al. (JMLR 2014), and everything is padded so that each stage halves the sides, rounded
-    up. 2,371,266 parameters with the defaults.
+    up. The paper whitens its images: `streamlens.lab.whiten`. 2,371,266 parameters with the defaults.
 
     Args:
         channels: Channels of an image.
