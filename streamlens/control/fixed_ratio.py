@@ -113,6 +113,8 @@ class FixedRatio(GradientController):
         """
         super().attached()
         self.claim("layers' steps", self._optimizer)
+        # It undoes what the rate would do: a loop that looks at ratios and steers the rate would run away.
+        self.claim("learning rate", self._optimizer, "under FixedRatio the rate makes no difference")
         assert self.engine is not None
         for info in self.engine.updates.owners.known:
             optimizer = info.optimizer
