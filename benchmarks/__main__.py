@@ -44,6 +44,8 @@ def main() -> None:
     print(f"idle lens: {overhead.idle(40 if quick else 200) * 1e6:.0f} us a step  (at most 30)")
     cost = overhead.operators_200_layers(20 if quick else 60)
     print(f"200 layers x 5 operators: {cost * 1e3:.2f} ms a step  (at most 0.6)")
+    for name, seconds in overhead.controllers(30 if quick else 100).items():
+        print(f"{name} on 20 layers: {seconds * 1e3:.2f} ms a step")
     found = spectral.spectral_cost(20 if quick else 60)
     print(
         f"spectral norm of 1024 x 1024 under Adam: {found.followed * 1e3:.2f} ms a step, "

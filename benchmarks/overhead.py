@@ -137,3 +137,23 @@ def operators_200_layers(rounds: int = 60) -> float:
     finally:
         lens.close()
     return timings["observed"].seconds - timings["bare"].seconds
+
+
+def controllers(rounds: int = 100) -> dict[str, float]:
+    """Seconds a step that controllers of gradients cost, with 20 layers of 64x64 and their biases."""
+    controlled = {"ClipAt": sl.control.ClipAt(10), "FixedRatio": sl.control.FixedRatio(1e-3)}
+    runs = {}
+    for name in ("bare", *controlled):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)])
+        batch = (torch.randn(32, 64), torch.zeros(32, dtype=torch.long))
+        runs[name] = _Training(model, lambda p: torch.optim.SGD(p, lr=1e-3), batch)
+    lenses = [sl.observe(runs[name].model) for name in controlled]
+    for lens, controller in zip(lenses, controlled.values(), strict=True):
+        lens.pipe(sl.norm("weight_gradients"), sl.every(1_000_000)).subscribe(controller)
+    try:
+        timings = interleave({n: r.step for n, r in runs.items()}, baseline="bare", rounds=rounds)
+    finally:
+        for lens in lenses:
+            lens.close()
+    return {name: timings[name].seconds - timings["bare"].seconds for name in controlled}

@@ -157,11 +157,11 @@ class FixedRatio(GradientController):
         else:
             self.remember(keys)
             new = torch.where(ratios.isfinite().all(), self._bounds.limit_each(old, wanted), old)
-        self.scales_now.update(zip(keys, new.unbind(), strict=True))
+        by_layer = dict(zip(keys, new.unbind(), strict=True))
+        self.scales_now.update(by_layer)
         self.record(keys, torch.stack([old, new, ratios], dim=1))
         if self._of == "parameters":
-            return dict(zip(keys, new.unbind(), strict=True))
-        by_layer = dict(zip(keys, new.unbind(), strict=True))
+            return by_layer
         return {entry.name: by_layer[entry.layer] for entry in present if entry.layer in by_layer}
 
     def _wanted(
@@ -177,7 +177,7 @@ class FixedRatio(GradientController):
         chosen = [gradients[entry.name] for entry in steered]
         weights = [entry.tensor.detach() for entry in steered]
         raw, sizes = self.norms(chosen), self.norms(weights)
-        products = torch.stack([_product(w, g).to(sizes) for w, g in zip(weights, chosen, strict=True)])
+        products = torch.stack([_product(w, g) for w, g in zip(weights, chosen, strict=True)]).to(sizes)
         cosines = (products / (raw * sizes)).clamp(-1, 1).nan_to_num(0.0)
         rate = _on_device(rates, sizes)
         # lr is below 0 where the loss is maximised: the update goes the other way.
@@ -191,8 +191,8 @@ class FixedRatio(GradientController):
 
     def propose(self, frame: Frame, noted: Any) -> Decision | None:
         """See `Controller.propose`."""
-        rows = {layer: [float(number) for number in row] for layer, row in frame.items()}
-        old, new, ratios = zip(*rows.values(), strict=True)
+        assert isinstance(frame.values, Tensor)
+        old, new, ratios = map(tuple, frame.values.t().tolist())
         if not all(map(math.isfinite, ratios)):
             self.held += 1
             return None
@@ -201,7 +201,7 @@ class FixedRatio(GradientController):
             f"the mean update-to-weight ratio would have been {mean:.3g}, and "
             f"{self.target_at(frame.step):.3g} is the target"
         )
-        return Decision(TOPIC, old, new, cause, layers=tuple(rows))
+        return Decision(TOPIC, old, new, cause, layers=frame.layers)
 
 
 def _objection(optimizer: object) -> str | None:
@@ -248,4 +248,5 @@ def _product(weight: Tensor, gradient: Tensor) -> Tensor:
         weight, gradient = torch.view_as_real(weight), torch.view_as_real(gradient)
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight, gradient = weight.float(), gradient.float()
-    return (weight * gradient).sum()
+    # The cosine is a correction of the order of the target: no precision is lost by single precision.
+    return torch.dot(weight.flatten(), gradient.flatten().to(weight.dtype)).float()

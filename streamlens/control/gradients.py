@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientController"]
 
-_SQUARES = Statistic("sum_of_squares")
+_SQUARES: Final = Statistic("sum_of_squares")
+_LONGEST: Final = 1 << 18
+"""Elements whose squares are summed in single precision at most."""
+_LEAST: Final = 1e-15
+"""The least norm whose squares single precision holds."""
 
 
 class GradientController(Controller):
@@ -99,6 +103,11 @@ class GradientController(Controller):
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The 2-norm of each tensor, in double precision where the device has it."""
+        if tensors and all(map(_small, tensors)):
+            # What is read fast costs more to ask for than to read: one call for all of them.
+            norms = torch.stack(torch._foreach_norm(list(tensors), 2)).double()
+            if bool((norms.isfinite() & (norms > _LEAST)).all()):
+                return norms
         return summarise(tensors, (_SQUARES,))[0][_SQUARES].sqrt()
 
     def gradient_norms(self, gradients: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
@@ -166,9 +175,7 @@ class GradientController(Controller):
                 # Also where there is nothing to scale: every rank has to be there.
                 factors = self._same_on_all(factors, entries)
             if not self.dry_run:
-                for name, factor in factors.items():
-                    if name in gradients:
-                        _scale(gradients[name], factor)
+                _scale([(gradients[name], f) for name, f in factors.items() if name in gradients])
         record, self._record = self._record, None
         attachment = self._links.attachment
         if record is not None and attachment is not None:
@@ -192,11 +199,24 @@ class GradientController(Controller):
         return {entry.name: value for entry, value in zip(entries, values, strict=True)}
 
 
+def _small(tensor: Tensor) -> bool:
+    return (
+        tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and tensor.layout is torch.strided
+        and 0 < tensor.numel() <= _LONGEST
+    )
+
+
 def _owned(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> None:
+def _scale(scaled: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if not scaled:
+        return
     # Multiplied itself, a sparse tensor would get values that whoever else refers to it does not see.
-    elements = gradient._values() if gradient.layout is torch.sparse_coo else gradient
-    elements.mul_(factor.to(gradient.device))
+    elements = [g._values() if g.layout is torch.sparse_coo else g for g, _ in scaled]
+    torch._foreach_mul_(
+        elements, [factor.to(e.device) for e, (_, factor) in zip(elements, scaled, strict=True)]
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,3 +112,15 @@ def test_it_acts_at_every_update_whatever_the_cadence_of_its_chain_and_no_more_o
         subscription.dispose()
         list(steps_of(model, optimizer, 3))
         assert int(controller.histories["0.weight"]["count"]) == 3
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("elements", [3, 1 << 19])
+def test_norms_are_those_of_double_precision_at_any_magnitude_and_size(size: float, elements: int) -> None:
+    tensors = [size * torch.rand(elements, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2)]
+    wanted = [float(np.linalg.norm(tensor.numpy().astype(np.float64))) for tensor in tensors]
+    found = control.ClipAt().norms(tensors)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(wanted, rel=1e-6)
+    tensors[0][1] = math.nan
+    assert control.ClipAt().norms(tensors).isnan().tolist() == [True, False]
