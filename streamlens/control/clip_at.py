@@ -108,14 +108,14 @@ class ClipAt(GradientController):
         assert self.engine is not None
         info = self.engine.updates.owners.get(optimizer)
         assert info is not None
-        history = self.histories.setdefault(
-            info.entries[0].name,
-            {
+        name = info.entries[0].name
+        if name not in self.histories:
+            self.histories[name] = {
                 "norms": norm.new_full((self._window,), math.inf),
                 "count": torch.zeros((), dtype=torch.int64, device=norm.device),
                 "limit": norm.new_full((), math.inf),
-            },
-        )
+            }
+        history = self.histories[name]
         for key, value in history.items():
             # Loaded from a file it lies on the host.
             history[key] = value.to(norm.device)
