@@ -102,6 +102,22 @@ def test_a_download_takes_its_place_whole_shows_its_progress_and_is_not_repeated
     assert obtain(file, tmp_path / "home" / "data", download=True) == path
 
 
+def test_an_interrupted_download_leaves_nothing_behind(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, served = server
+    (served / "things.gz").write_bytes(b"the data")
+
+    def interrupted(*_: Any) -> bytes:
+        assert list((tmp_path / "Things").iterdir()), "it has begun"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("http.client.HTTPResponse.read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        obtain(published(b"the data", url), tmp_path, download=True)
+    assert not list((tmp_path / "Things").iterdir())
+
+
 def test_a_damaged_file_is_replaced_by_a_download(server: tuple[str, Path], tmp_path: Path) -> None:
     url, served = server
     (served / "things.gz").write_bytes(b"the data")

@@ -116,8 +116,7 @@ def _download_from(url: str, file: Published, folder: Path) -> Path:
             urllib.request.urlopen(url, timeout=_PATIENCE) as response,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
-            length = response.headers.get("Content-Length")
-            task = progress.add_task(f"{file.dataset}: {file.name}", total=int(length) if length else None)
+            task = progress.add_task(f"{file.dataset}: {file.name}", total=response.length)
             while block := response.read(_BLOCK):
                 digest.update(block)
                 out.write(block)
