@@ -110,6 +110,8 @@ def _captured(source: Source) -> Iterable[str]:
     for (topic, what), demands in asked.items():
         spec = topic_spec(topic)
         taken_by = _TAKEN_BY[spec.phase] if spec is not None else "emitted by you or derived"
+        if topic not in source.derived_topics:
+            taken_by = source.taken_by or taken_by
         cadences = sorted({demand.view.every for demand in demands})
         every = ", ".join(f"every {n} steps" if n > 1 else "every step" for n in cadences)
         shared = f", shared by {len(demands)}" if len(demands) > 1 else ""

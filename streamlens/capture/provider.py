@@ -33,6 +33,10 @@ class Provider(Runtime):
 
     of_model = False
     """Whether this is a PyTorch model that is observed."""
+    taken_by = ""
+    """Where everything comes from, for plans, if it does not depend on the topic."""
+    remedy = ""
+    """What to do about what it lacks, where that is no matter of the model."""
     closed_message = "this lens is closed: call streamlens.observe(model) again for a new one"
 
     def __init__(self, name: str = "", on_error: str = "report") -> None:

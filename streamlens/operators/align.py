@@ -9,6 +9,7 @@ import torch
 from reactivex import Observable
 from torch import Tensor
 
+from streamlens.errors import UnknownTopicError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
 from streamlens.operators._base import is_whole
@@ -144,7 +145,8 @@ def combine(
     Args:
         *sources: Two or more inputs, as for `align`.
         fn: The function.
-        name: The topic of the result; the function's name unless given.
+        name: The topic of the result; the function's name unless given. A replay that lacks an input
+            gives what was stored under this name.
         allowed_lateness: As for `align`.
 
     Returns:
@@ -170,7 +172,13 @@ def combine(
     def apply(source: Observable[Frame]) -> Stream:
         if isinstance(source, Lens):
             source.source.check_whole([s for s in sources if isinstance(s, str)], f"combine[{label}]")
-        return joined(source, sources, emit, f"combine[{label}]", allowed_lateness)
+        try:
+            return joined(source, sources, emit, f"combine[{label}]", allowed_lateness)
+        except UnknownTopicError:
+            # A recorded run may have what this gave, and not what it was made of.
+            if isinstance(source, Lens) and source.source.recorded and label in source.source.known_topics:
+                return source.narrow(topics=(label,))
+            raise
 
     return apply
 

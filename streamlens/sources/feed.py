@@ -119,6 +119,8 @@ class Feed(Lens):
 
 
 class _FeedSource(ToldSource):
+    taken_by = "pushed"
+    remedy = "push it, or name it to Feed(emits=[...])"
     closed_message = "this feed is closed: make another Feed()"
 
     def __init__(self, name: str, on_error: str, lateness: int) -> None:

@@ -111,6 +111,8 @@ def replay(
 
 class _ReplaySource(ToldSource):
     recorded = True
+    taken_by = "read from the run store"
+    remedy = "the run did not store it; subscribe what gives it to the run store while training"
     closed_message = "this replay is closed: call streamlens.replay(path) again for a new one"
 
     def __init__(self, runs: Sequence[Run], speed: float | None, on_error: str) -> None:

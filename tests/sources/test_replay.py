@@ -172,6 +172,39 @@ def test_a_metric_is_made_from_the_norms_that_were_stored(recorded: Path) -> Non
     assert_equal({"uw": again["stored"]}, {"uw": again["uw"]})
 
 
+def test_a_metric_that_was_stored_itself_needs_nothing_of_what_it_was_made_of(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    live: list[Frame] = []
+    with sl.observe(model, on_error="raise") as lens:
+        lens.pipe(sl.uw_ratio()).subscribe(RunStore(tmp_path / "run.db"))
+        lens.pipe(sl.uw_ratio(), sl.ema(0.5)).subscribe(live.append)
+        for _ in range(4):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    with sl.replay(tmp_path / "run.db", on_error="raise") as replay:
+        again = play(replay, {"uw": chained(sl.uw_ratio(), sl.ema(0.5))})
+        assert_equal({"uw": live}, again)
+        with pytest.raises(sl.UnknownTopicError, match="did not store it"):
+            replay.pipe(sl.uw_ratio(order=1))
+
+
+def test_a_plan_says_where_frames_come_from_and_what_was_not_stored(recorded: Path) -> None:
+    with sl.replay(recorded) as replay:
+        replay.pipe(sl.uw_ratio()).subscribe(lambda _: None)
+        replay.pipe(sl.health()).subscribe(lambda _: None)
+        plan = replay.explain()
+        with pytest.raises(sl.StreamlensError, match=r"validation_loss.*the run did not store it; subscribe"):
+            replay.pipe(sl.overfitting())
+    assert "weights.norm2 as it comes: read from the run store" in plan
+    assert "hook" not in plan
+    assert (
+        "dead_units: it looks at 'activations.dead_fraction', which this lens cannot give: the run did"
+        in plan
+    )
+    assert "the model has no" not in plan
+
+
 def test_an_unknown_topic_lists_those_stored(recorded: Path) -> None:
     with pytest.raises(sl.UnknownTopicError, match=r"unknown topic 'biases'.*Topics: .*weights\.norm2"):
         sl.replay(recorded).pipe(sl.topic("biases"))

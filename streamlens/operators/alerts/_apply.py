@@ -112,6 +112,8 @@ def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
         return ""
     what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)
     remedies = dict.fromkeys(entry.remedy for entry in missing if entry.remedy)
+    if not lens.source.of_model:
+        remedies = dict.fromkeys([lens.source.remedy] if lens.source.remedy else [])
     selected = f" (it has {', '.join(lens.topics)})" if lens.topics else ""
     return f"looks at {what}, which this lens cannot give{selected}" + "".join(
         f": {remedy}" for remedy in remedies
