@@ -7,6 +7,7 @@ state; both keep failures to the frame that caused them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -122,10 +123,10 @@ def stateful(
                     chain.counts["errors"] += 1
                 runtime.report(error, f"{plan} in {chain.key if chain else 'a stream'!r}")
                 return
-            forward(observer, emitted)
+            if emitted is not None:
+                forward(observer, emitted)
 
-        def on_next(frame: Frame) -> None:
-            run(node.on_frame, frame)
+        on_next = partial(run, node.on_frame)
 
         def on_completed() -> None:
             run(node.on_completed)
@@ -136,7 +137,7 @@ def stateful(
         )
         if marks and stream.lens is not None:
             # After subscribing upstream: marks reach upstream operators first.
-            group.add(runtime.on_mark(lambda mark: run(node.on_mark, mark)))
+            group.add(runtime.on_mark(partial(run, node.on_mark)))
         group.add(Disposable(lambda: setattr(node, "running", False)))
         return group
 

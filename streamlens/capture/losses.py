@@ -159,10 +159,9 @@ class LossCapture:
         while key in self._values:
             call += 1
             key = f"{name}@{call}"
-        with torch.no_grad():
-            # A copy: `loss /= accumulation_steps` would change the value that was computed.
-            number = value.detach() if value.dtype == torch.float64 else value.detach().float()
-            self._values[key] = number.mean() if value.ndim else number.clone()
+        # A copy: `loss /= accumulation_steps` would change the value that was computed.
+        number = value.detach() if value.dtype == torch.float64 else value.detach().float()
+        self._values[key] = number.mean() if value.ndim else number.clone()
 
     def take_if_none(self, name: str, value: Tensor) -> None:
         """Note a loss that was returned by a closure, unless one is known already."""

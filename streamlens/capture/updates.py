@@ -26,6 +26,7 @@ from streamlens.topics import Facet
 
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
+    from streamlens.capture.view import Demand
 
 __all__ = ["UpdateCapture"]
 
@@ -61,6 +62,7 @@ class UpdateCapture:
             self.owners.expect(expected)
         self._call: _Call | None = None
         self._waiting: _Call | None = None
+        self._wanting: list[Demand] = []
         self.partners = Partners(engine)
         self._frames = UpdateFrames(engine, self.partners)
         self._unowned = Unowned()
@@ -99,8 +101,8 @@ class UpdateCapture:
     def reset(self) -> None:
         """Forget every plan; let go of copies that nobody needs any more."""
         self._parameters.reset()
-        step = self._engine.clock.step
-        if not any(d.wants_updates and not d.view.over(step) for d in self._engine.demands):
+        self._wanting = [demand for demand in self._engine.demands if demand.wants_updates]
+        if all(demand.view.over(self._engine.clock.step) for demand in self._wanting):
             self._parameters.drop_copies()
 
     def model_changed(self) -> None:
@@ -121,12 +123,11 @@ class UpdateCapture:
         self.interventions.drop()
         if self._call is not None and self._call.lease is not None:
             self._call.lease.end()
-        self._call = None
-        self._waiting = None
-        self._manual = None
+        self._call = self._waiting = self._manual = None
+        self._wanting = []
 
     def _updates_due(self, step: int) -> bool:
-        return any(demand.wants_updates and demand.view.due(step) for demand in self._engine.demands)
+        return any(demand.view.due(step) for demand in self._wanting)
 
     def look_again(self) -> None:
         """A forward is about to begin: an optimizer may have been given the parameters of new modules."""
@@ -265,11 +266,9 @@ class UpdateCapture:
         self.interventions.after()
         call, self._call = self._call, None
         info = self.owners.get(optimizer)
-        if info is None:
-            return
-        if call is None or call.info is not info:
-            call = _Call(info)
-        self._engine.guard(self._updated, call, optimizer)
+        if info is not None:
+            mine = call if call is not None and call.info is info else _Call(info)
+            self._engine.guard(self._updated, mine, optimizer)
 
     def by_hand(self) -> None:
         """The user says that parameters have been updated without a `torch.optim` optimizer."""

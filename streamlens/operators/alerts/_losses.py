@@ -22,6 +22,12 @@ class LossTrack:
 
     Args:
         half_life: Looks after which the weight of a loss in the average has halved.
+
+    Attributes:
+        looks: Losses taken in.
+        average: Their moving average.
+        least: The least that this has been since the start is known.
+        initial: The loss at the start: the median of the first five.
     """
 
     def __init__(self, half_life: float) -> None:
@@ -29,12 +35,8 @@ class LossTrack:
         self.looks = 0
         self.average = math.nan
         self.least = math.inf
+        self.initial = math.nan
         self._first: list[float] = []
-
-    @property
-    def initial(self) -> float:
-        """The loss at the start: the median of the first five."""
-        return median(self._first) if self._first else math.nan
 
     @property
     def settled(self) -> bool:
@@ -46,6 +48,7 @@ class LossTrack:
         self.looks += 1
         if len(self._first) < _FIRST:
             self._first.append(loss)
+            self.initial = median(self._first)
         rate = max(self._rate, 1 / self.looks)
         self.average = loss if self.looks == 1 else self.average + rate * (loss - self.average)
         if self.settled:
@@ -64,6 +67,7 @@ class LossTrack:
         """Put back what `state_dict` gave."""
         self.looks, self.average = state["looks"], state["average"]
         self.least, self._first = state["least"], list(state["first"])
+        self.initial = median(self._first) if self._first else math.nan
 
 
 class LossJudge(Judge):
@@ -76,6 +80,9 @@ class LossJudge(Judge):
             if found is None:
                 continue
             value, bad, threshold = found
+            if not (bad or math.isnan(value)) and self.calm(name):
+                # What every look of a healthy run comes to.
+                continue
             yield Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name)
 
     def judge(self, name: str, loss: float) -> tuple[float, bool, float] | None:

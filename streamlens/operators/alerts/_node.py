@@ -30,6 +30,11 @@ class _Watch:
         self.judge: Judge = rule.judge()
         self.groups: dict[str, Hysteresis] = {}
         self.since: dict[tuple[str, str], int] = {}
+        self.judge.calm = self._calm
+
+    def _calm(self, group: str) -> bool:
+        hysteresis = self.groups.get(group)
+        return hysteresis is not None and hysteresis.calm
 
     def take(self, frame: Frame, look: Look, skip: Callable[[int], None]) -> Iterator[Frame]:
         """The alerts that a look starts and ends."""

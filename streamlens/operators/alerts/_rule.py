@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias
 
@@ -75,6 +75,9 @@ class Verdict:
 
 class Judge:
     """A rule's memory within one subscription, and what it makes of each look."""
+
+    calm: Callable[[str], bool] = staticmethod(lambda group: False)
+    """Whether a good look at a group would change nothing, so that no verdict need be made of it."""
 
     def look(self, look: Look) -> Iterable[Verdict]:
         """What one frame says; nothing if it only adds to what is remembered."""
@@ -223,6 +226,8 @@ class Rule:
 
 def cadence_at(pace: Pace, step: int) -> int:
     """The cadence that holds at a step."""
+    if len(pace) == 1:
+        return pace[0][1]
     return next(every for start, every in reversed(pace) if start <= step)
 
 
