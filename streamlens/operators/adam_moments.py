@@ -44,7 +44,9 @@ def adam_moments(
         biased_grad_var_estimate_mean, ...      grad_mean_estimate_mean, ...
         grad_var_estimate_mean, ...             effective_lr_mean, ...
 
-    with `.biases` or `.parameters` appended where they are not of the weights. With Adam itself and its
+    with `.biases` or `.parameters` appended where they are not of the weights. The last four are what
+    `effective_lr()` gives: a sink that has both is given the same numbers twice, which is an error; leave
+    that one out there, or `rename()` it. With Adam itself and its
     betas, watched from its first step on, they are its own state.
 
     The moments take in the gradient of every step. On a Lens a cadence in front of the operator,
@@ -52,6 +54,7 @@ def adam_moments(
     the gradients between them are still taken, the effective learning rate is computed only where given.
     On another stream the moments are of the frames that come: put `every()` behind.
 
+    Moments have the unit of the gradient, or its square; the variances, the square of that.
     The input is raw `weight_gradients` and `weight_updates`, which a Lens selects itself, of any shape. t
     counts a layer's gradients since it was first seen. A gradient with a NaN or an infinite element is
     counted and left out as a whole (as an optimizer under a gradient scaler leaves it out): moments and t

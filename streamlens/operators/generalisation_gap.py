@@ -47,6 +47,9 @@ def generalisation_gap(
     - or, with `train=`, of that loader, measured as the test accuracy is, on the same weights: the gap
       itself, for a second evaluation.
 
+    Input: the data held back, and topics `network_output` and `input_labels` of training unless `train` is
+    given, of the shapes and dtypes that `train_accuracy` takes.
+
     With a `metric` it is the difference of its means, training minus test; of a loss (where less is better)
     pass its negative. The result is topic `generalisation_gap` of the layer `""`, the model, one float32 in
     [-1, 1] for an accuracy. NaN where either is; without training batches since the last evaluation there is

@@ -50,6 +50,8 @@ def gradient_noise_scale(
       `raw_gradients` against the reduced `parameter_gradients`. Each rank's estimate is unbiased for itself.
       Gradients must be neither clipped nor scaled.
 
+    Input: those raw gradients, of any shapes, and `input_data` unless `batch_size` is given. The unit
+    is samples.
     The result is topic `gradient_noise_scale` of the whole model (layer `""`), and topic
     `gradient_noise_scale.layers` of each parameter by itself, a frame of each a step, in samples. A
     micro-batch counts as many samples as `input_data` has in its first dimension, or `batch_size`. Whether

@@ -46,6 +46,8 @@ def hessian_trace(
     step to step are known better than its standard error says, and its error does not average out over
     steps.
 
+    Input: the model, and fixed batches of inputs and labels.
+
     When it is due, which model it is taken of, and what becomes of hooks, random numbers, frozen, tied and
     half-precision parameters is as for `hessian_eigenvalues`. NaN in parameters or batch makes it NaN.
 

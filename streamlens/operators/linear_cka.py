@@ -45,8 +45,9 @@ def linear_cka(
 ) -> Operator:
     """The similarity of representations by linear centred kernel alignment.
 
-    The outputs of a layer for the fixed `probe` are a matrix X, (n, d), of n data points and d units, Y that
-    of another one, (n, e); columns are centred. In terms of features,
+    Input: the model, and fixed inputs of it. The outputs of a layer for that `probe` are a matrix X, (n,
+    d), of n data points and d units, Y that of another one, (n, e); columns are centred. In terms of
+    features,
 
         CKA(X, Y) = |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F),
 

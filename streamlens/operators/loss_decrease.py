@@ -38,7 +38,8 @@ def loss_decrease(sigma: float = 10, *, lag: int = 0) -> Operator:
     end the last steps are given with what there is.
 
     Input: topic `loss`, averaged over micro-steps as by `loss()`. The result is topic `loss_decrease` of the
-    layer `""`, a frame a step from the second on. NaN and inf are left out and counted; fewer than
+    layer `""`, in the loss's unit a step, a frame a step from the second on.
+    NaN and inf are left out and counted; fewer than
     two finite losses in reach give NaN. The cost is up to 8 sigma kept numbers and a few operations on them;
     nothing waits for a GPU.
 

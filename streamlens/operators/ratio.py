@@ -54,6 +54,7 @@ def _norm_before(order: float) -> Callable[[Values, Values], Tensor]:
 def ratio(a: str, b: str, *, order: float = 2) -> Operator:
     """The norm of topic `a` over the norm of topic `b`, layer by layer: |a_l|_p / |b_l|_p.
 
+    Input: two topics of any shapes and dtypes. The value has no unit.
     The result is topic `<a>_to_<b>`, such as `weight_gradients_to_weights`, with `.norm1` and the like
     appended for other orders than 2; at least 0. Where the norm of `b` is zero it is NaN, never inf.
     NaN passes through. The cost is one pass over each tensor, on a Lens shared with whoever else asks for
@@ -84,6 +85,7 @@ def uw_ratio(*, order: float = 2, relative_to: str = "after", of: str = "weights
     |W_{k-1}|_p below the line with `relative_to="before"`. The update is all that the optimizer
     step changed, weight decay included. Around 1e-3 is a common rule of thumb for healthy training.
 
+    Input: the updates and what was updated, of any shapes and dtypes. The value has no unit.
     The result is topic `uw_ratio`. Where it is not the default, what it is of, the order and the
     reference are appended: `uw_ratio.parameters`, `uw_ratio.norm1`, `uw_ratio.before`. It is at
     least 0, and NaN where the weights are zero. NaN passes through.

@@ -53,6 +53,8 @@ def sharpness(
     parameter have another bound, of the scaled Hessian, to which this number says nothing. Weight decay
     is left out.
 
+    Input: the model, fixed batches of inputs and labels, and the rate.
+
     The rate is that of the update, the largest where parameter groups differ, so that the result is then an
     upper bound. It is taken from the topic `learning_rate`: of the Lens, or of the stream in front, which
     must carry it; or it is given as `lr=`.

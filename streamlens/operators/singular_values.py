@@ -34,7 +34,10 @@ def singular_values(k: int = 10, topic: str | None = None) -> Operator:
         StreamlensError: When applied: the stream carries numbers and not tensors.
     """
     if not is_whole(k) or k < 1:
-        raise ValueError(f"singular_values({k!r}): how many values, a number from 1 on")
+        raise ValueError(
+            f"singular_values({k!r}): how many values, a number from 1 on; the topic comes second, as in "
+            "singular_values(10, 'weights')"
+        )
     return tensor_reduction(SingularValues(k), topic, "singular_values")
 
 

@@ -89,8 +89,8 @@ def stable_rank(topic: str | None = None, *, exact: bool = False, tolerance: flo
     """The stable rank of each layer: the squared Frobenius norm over the squared spectral norm.
 
     |W|_F^2 / |W|_2^2, the sum of the squared singular values over the largest of them (Rudelson & Vershynin
-    2007): at least 1 and at most the rank, whose robust relative it is; it falls as a few directions take
-    over. Unchanged when W is scaled. The result is topic `<topic>.stable_rank`.
+    2007): without unit, at least 1 and at most the rank, whose robust relative it is; it falls as a few
+    directions take over. Unchanged when W is scaled. The result is topic `<topic>.stable_rank`.
 
     Input, method, cost, state and GPUs are as for `spectral_norm`, with one pass over the tensor for the
     Frobenius norm. A vector's is 1; a tensor of zeros or without elements, and one that is not finite,

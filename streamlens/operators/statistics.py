@@ -4,7 +4,8 @@ On a Lens they are computed where the tensor is taken, once a step however many 
 of one tensor together. On any other stream they reduce the frames that come.
 
 Common to all: the input is any topic, of any shape; half precision is accumulated in float32 or
-wider; the result is float32, or float64 where the values are. Sums and moments of float32 elements
+wider; the result is float32, or float64 where the values are, in the unit of the elements (its square
+for variances), or without unit where it is a count, a share or a shape. Sums and moments of float32 elements
 are good to 1e-5 of the sum of their terms' magnitudes, mostly to 1e-6. Norms and `absmax` of a complex
 tensor are of the magnitudes of its elements; to the other statistics its elements are their real and
 imaginary parts. NaN and inf pass through, except where they are what is counted. The cost is one pass

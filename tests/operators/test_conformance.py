@@ -66,6 +66,37 @@ def test_docstrings_say_what_it_costs_and_what_nan_does(name: str) -> None:
     assert bool(inspect.signature(operator).parameters) == ("Args:" in parts)
 
 
+DEFINITIONS = frozenset(
+    [
+        "absmax", "adversarial_susceptibility", "condition_number", "cosine", "distance_from_start",
+        "effective_lr", "generalisation_gap", "histogram", "kurtosis", "loss", "loss_decrease", "maximum",
+        "mean", "median", "minimum", "nonfinite", "norm", "percentile_bands", "quantiles", "ratio", "rms",
+        "singular_values", "skewness", "spectral_norm", "std", "test_accuracy", "total", "train_accuracy",
+        "unit_saturation", "uw_ratio", "var", "zero_fraction",
+    ]
+)  # fmt: skip
+"""What is defined by its formula, or its words; everything else has been proposed by somebody."""
+
+STATED = {
+    "the formula": r"[=/^|]|\b(sum|root|mean|share|number|count|largest|smallest|minus|over|how many)\b",
+    "the input": r"\b[Ii]nputs?\b|\bstream as it is\b|\braw\b",
+    "the unit or range": r"\bunits?\b|\b[Ss]hare\b|\bin [\[(]|\b[Nn]umber of\b",
+}
+
+
+@every_metric
+@pytest.mark.parametrize("what", STATED)
+def test_docstrings_state_formula_input_and_unit(name: str, what: str) -> None:
+    operator = OPERATORS[name]
+    assert PAGE.told_of(PAGE.prose_of(operator), operator, STATED[what]), f"{name}: {what}"
+
+
+@every_metric
+def test_docstrings_cite_who_proposed_what_is_no_mere_definition(name: str) -> None:
+    cited = PAGE.told_of(PAGE.prose_of(OPERATORS[name]), OPERATORS[name], r"\b(19|20)\d\d\b")
+    assert cited or name in DEFINITIONS, f"{name}: the paper it comes from"
+
+
 def test_sentences_end_where_they_end() -> None:
     text = "One (e.g. this. That). Two, about 0.5 of a. small; three.\nFour"
     assert PAGE.sentences_of(text) == [

@@ -97,6 +97,8 @@ def test_on_a_lens_they_are_pushed_down_and_computed_once() -> None:
 def test_bad_arguments_and_numbers_are_named() -> None:
     with pytest.raises(ValueError, match=r"singular_values\(0\): how many"):
         singular_values(0)
+    with pytest.raises(ValueError, match=r"the topic comes second, as in singular_values\(10, 'weights'\)"):
+        singular_values("weights")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"effective_rank\(\) takes topic names"):
         run(effective_rank(3), [])  # type: ignore[arg-type]
     model = nn.Linear(2, 2)
