@@ -73,11 +73,6 @@ class LossSurface:
                     f"{self.operator}(): parameter {name!r} is complex, and the Hessian is defined for real "
                     "parameters; leave it out with parameters=, or hold it as torch.view_as_real"
                 )
-            if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-                raise StreamlensError(
-                    f"{self.operator}(): parameter {name!r} is sharded over several processes, and its "
-                    "Hessian is taken on one; leave it out with parameters=, or use an unsharded model"
-                )
         return names
 
     def dimension(self, model: nn.Module) -> int | None:

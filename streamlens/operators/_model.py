@@ -22,6 +22,7 @@ import torch
 from reactivex import Observable
 from torch import nn
 
+from streamlens.capture.sharded import fsdp_parameters, is_dtensor
 from streamlens.errors import ClosedLensError, StreamlensError
 from streamlens.frame import Frame
 from streamlens.lens import Lens
@@ -35,7 +36,6 @@ __all__ = [
     "FindModel",
     "ModelNode",
     "check_every",
-    "check_unsharded",
     "due_per_epoch",
     "evaluating",
     "on_model",
@@ -102,6 +102,9 @@ class ModelNode(OperatorNode):
         find: Gives the model.
     """
 
+    operator = "a metric of the model"
+    """The operator's name, for messages; `on_model` sets it."""
+
     def __init__(self, stream: Stream, find: FindModel) -> None:
         super().__init__(stream.runtime)
         self._find = find
@@ -118,11 +121,16 @@ class ModelNode(OperatorNode):
         raise NotImplementedError
 
     def on_frame(self, frame: Frame) -> Emitted:
-        """Evaluate, unless the step has been evaluated already or the model is gone."""
+        """Evaluate, unless the step has been evaluated already or the model is gone.
+
+        Raises:
+            StreamlensError: The model has been sharded since the metric was applied.
+        """
         model = self._find()
         if model is None or frame.step == self._last:
             return None
         self._last = frame.step
+        _check_unsharded(self.operator, model)
         silence = self._lens.paused() if self._lens is not None else contextlib.nullcontext()
         with silence, undisturbed(model):
             return self.evaluate(model, frame)
@@ -138,18 +146,25 @@ def check_every(operator: str, every: int | None) -> None:
         raise ValueError(f"{operator}(every={every!r}): a number of steps from 1 on, or None")
 
 
-def check_unsharded(operator: str, model: nn.Module) -> None:
-    """Raise unless this process holds the whole model.
+def _check_unsharded(operator: str, model: nn.Module) -> None:
+    """Raise unless this process can evaluate the model by itself.
+
+    The forward of a sharded model is a collective: where one rank alone is due, it would wait for the others
+    for ever.
 
     Raises:
-        StreamlensError: It does not.
+        StreamlensError: It cannot.
     """
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise StreamlensError(
-                f"{operator}(): parameter {name!r} is sharded over several processes, and the model is "
-                "evaluated on one"
-            )
+    gathered = next((name for _, name in fsdp_parameters(model)), None)
+    spread = (name for name, p in model.named_parameters() if is_dtensor(p) or is_dtensor(p.data))
+    name = next(spread, gathered)
+    if name is not None:
+        raise StreamlensError(
+            f"{operator}() evaluates the model on this process alone, and parameter {name!r} is sharded over "
+            "processes, whose forward would wait for all of them: evaluate the model in the training loop, "
+            f"on every rank, and give the result to lens.emit({operator!r}, value), or pass "
+            f"{operator}(..., model=) a copy that is whole on this process"
+        )
 
 
 def due_per_epoch(source: Observable[Frame], every: int | None) -> Observable[Frame]:
@@ -201,7 +216,8 @@ def on_model(
         The stream of its results.
 
     Raises:
-        StreamlensError: No model is known, or the lens was narrowed to some layers.
+        StreamlensError: No model is known, it is sharded over processes, or the lens was narrowed to some
+            layers.
         TypeError: `model` is none.
     """
     if model is not None and not isinstance(model, nn.Module):
@@ -217,9 +233,17 @@ def on_model(
     stream.check_subscribable()
     find = _finder(stream, operator, model)
     found = find()
-    if check is not None and found is not None:
-        check(found)
-    return stateful(stream, lambda: make(stream, find), plan, raw=False)
+    if found is not None:
+        _check_unsharded(operator, found)
+        if check is not None:
+            check(found)
+
+    def node() -> ModelNode:
+        made = make(stream, find)
+        made.operator = operator
+        return made
+
+    return stateful(stream, node, plan, raw=False)
 
 
 def _finder(stream: Stream, operator: str, model: nn.Module | None) -> FindModel:

@@ -28,7 +28,7 @@ from streamlens.operators._base import is_whole, relabelled
 from streamlens.operators._batches import called, device_of, map_tensors, moved
 from streamlens.operators._isolated import isolated_copy, unwrapped, widened_input
 from streamlens.operators._layout import UnitDimensions
-from streamlens.operators._model import FindModel, ModelNode, check_unsharded, evaluating, on_model
+from streamlens.operators._model import FindModel, ModelNode, evaluating, on_model
 from streamlens.operators._places import Places, check_places, check_unit_dim, rows_of
 from streamlens.operators._tensors import copies, wide
 from streamlens.stream import Operator, Stream
@@ -89,9 +89,8 @@ class Probe:
         """Raise where a model cannot be looked at with it.
 
         Raises:
-            StreamlensError: It has sharded parameters, or does not take such inputs.
+            StreamlensError: It does not take such inputs.
         """
-        check_unsharded(self.operator, model)
         if self.forward is not None:
             return
         try:

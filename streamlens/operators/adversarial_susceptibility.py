@@ -28,7 +28,6 @@ from streamlens.operators._model import (
     FindModel,
     ModelNode,
     check_every,
-    check_unsharded,
     due_per_epoch,
     evaluating,
     on_model,
@@ -128,13 +127,10 @@ def adversarial_susceptibility(
     def make(stream: Stream, find: FindModel) -> ModelNode:
         return _Susceptibility(stream, find, batches, scoring, loss or entropy, float(eps), clip)
 
-    def check(found: nn.Module) -> None:
-        check_unsharded(operator, found)
-
     def apply(source: Observable[Frame]) -> Observable[Frame]:
         when = due_per_epoch(source, every)
         plan = ", ".join(part for part in (f"eps={eps:g}", scoring.plan) if part)
-        return on_model(when, make, f"{operator}({plan})", operator=operator, model=model, check=check)
+        return on_model(when, make, f"{operator}({plan})", operator=operator, model=model)
 
     return apply
 

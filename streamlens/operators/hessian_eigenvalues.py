@@ -100,7 +100,7 @@ def hessian_eigenvalues(
         TypeError: `loss` is not callable, a batch is no pair, or the model is none.
         ValueError: A number out of range, or an unknown option.
         StreamlensError: When applied: no model is known; it has fewer than k trainable numbers, or a
-            parameter that is complex or sharded.
+            parameter that is complex; any parameter is sharded.
         LayerNotFoundError: When applied: `parameters` matches nothing.
     """
     surface = loss_surface(

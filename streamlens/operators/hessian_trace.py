@@ -71,7 +71,7 @@ def hessian_trace(
         TypeError: `loss` is not callable, a batch is no pair, or the model is none.
         ValueError: A number out of range, or an unknown option.
         StreamlensError: When applied: no model is known; it has no trainable parameter, or one that
-            is complex or sharded.
+            is complex, or any is sharded.
         LayerNotFoundError: When applied: `parameters` matches nothing.
     """
     surface = loss_surface(

@@ -72,8 +72,8 @@ def test_accuracy(
     Raises:
         TypeError: The loader is none, or can be gone through only once; a function is none.
         ValueError: An option that is none, or an empty loader.
-        StreamlensError: When applied: no model is known. While training, reported: a batch that is
-            neither of these, or labels that do not fit the outputs.
+        StreamlensError: When applied: no model is known, or it is sharded. While training, reported: a batch
+            that is neither of these, or labels that do not fit the outputs.
     """
     operator = "test_accuracy"
     scoring = Scoring(operator, class_dim, ignore_index, threshold, metric)

@@ -99,3 +99,41 @@ def test_a_pipelines_stage_is_refused_by_name_and_its_module_observed(found: Fou
         assert "observe(stage.submod, distributed=False)" in stage
         assert mine["errors"] == []
         assert mine["norms"] == [pytest.approx(mine["change"], rel=1e-5)]
+
+
+EVALUATING = {
+    "test_accuracy",
+    "generalisation_gap",
+    "adversarial_susceptibility",
+    "svcca",
+    "linear_cka",
+    "hessian_eigenvalues",
+    "hessian_trace",
+    "sharpness",
+}
+
+
+def test_what_evaluates_a_sharded_model_is_refused_since_its_forward_waits_for_all_ranks(
+    found: Found,
+) -> None:
+    said = found[0]["on_shards"]["said"]
+    for name in EVALUATING:
+        assert f"{name}() evaluates the model on this process alone, and parameter 'first." in said[name]
+        assert f"give the result to lens.emit('{name}', value)" in said[name]
+
+
+def test_what_takes_a_whole_matrix_of_shards_is_refused_where_it_is_asked_for(found: Found) -> None:
+    said = found[0]["on_shards"]["said"]
+    matrices = set(said) - EVALUATING
+    assert len(matrices) == 7
+    for name in matrices:
+        assert "2 ranks holds a part of the parameters" in said[name], name
+        assert "distributed=False" in said[name], name
+
+
+def test_a_model_sharded_after_a_metric_was_applied_on_one_rank_hangs_nobody(found: Found) -> None:
+    mine, other = (rank["on_shards"] for rank in found)
+    assert (mine["evaluated"], other["errors"]) == (0, [])
+    assert mine["errors"]
+    assert all("test_accuracy() evaluates the model on this process alone" in e for e in mine["errors"])
+    assert mine["steps"]["loss"] == other["steps"]["loss"] == [0, 1]

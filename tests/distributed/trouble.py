@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import streamlens as sl
@@ -238,6 +239,54 @@ def pipeline_stages() -> Found:
     return {"said": said, "norms": norms, "change": change, "errors": errors}
 
 
+def on_shards() -> Found:
+    """What evaluates a sharded model, and what takes whole matrices of one; rank 0 alone did so before."""
+    (x, y), _ = DATA[0]
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, labels)
+
+    asked: dict[str, Any] = {
+        "test_accuracy": sl.test_accuracy([(x, y)], every=1),
+        "generalisation_gap": sl.generalisation_gap([(x, y)], every=1),
+        "adversarial_susceptibility": sl.adversarial_susceptibility([(x, y)], 0.1, every=1),
+        "svcca": sl.svcca(x),
+        "linear_cka": sl.linear_cka(x),
+        "hessian_eigenvalues": sl.hessian_eigenvalues(1, loss=loss, batch=(x, y)),
+        "hessian_trace": sl.hessian_trace(loss=loss, batch=(x, y)),
+        "sharpness": sl.sharpness(loss=loss, batch=(x, y)),
+        "spectral_norm": sl.spectral_norm("weights"),
+        "spectral_norm, exact": sl.spectral_norm("weights", exact=True),
+        "stable_rank": sl.stable_rank("weights"),
+        "stable_rank, exact": sl.stable_rank("weights", exact=True),
+        "singular_values": sl.singular_values(2, "weights"),
+        "condition_number": sl.condition_number("weights"),
+        "effective_rank": sl.effective_rank("weights"),
+    }
+    run = Watched(timeout=20.0)
+    assert run.lens is not None
+    evaluated: list[sl.Frame] = []
+    if dist.get_rank() == 0:
+        # Applied while the model is still whole.
+        run.lens.pipe(asked["test_accuracy"]).subscribe(evaluated.append)
+    fully_shard(run.model)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    for number in range(2):
+        run.step(number)
+    run.lens.close()
+    said: dict[str, str] = {}
+    sharded = Model()
+    fully_shard(sharded)
+    with sl.observe(sharded) as lens:
+        for name, operator in asked.items():
+            try:
+                lens.pipe(operator)
+                said[name] = ""
+            except sl.StreamlensError as error:
+                said[name] = str(error)
+    return {"said": said, "errors": run.errors, "evaluated": len(evaluated), "steps": run.steps}
+
+
 SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
     "trouble": (
         on_rank_0_only,
@@ -248,6 +297,7 @@ SCENARIOS: dict[str, Sequence[Callable[[], Found]]] = {
         resumes_elsewhere,
         is_late,
         one_layer_fails,
+        on_shards,
         pipeline_stages,
         ends_early,
     ),
