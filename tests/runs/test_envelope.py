@@ -132,7 +132,7 @@ def test_the_envelope_is_that_of_a_loop_over_every_value(
     assert len(starts) <= max_points
     first = min(frame.step for frame in sent)
     steps = np.array([frame.step for frame in sent])
-    for width in sorted({level * k for level in (1, *LEVELS) for k in range(1, 400)}):
+    for width in sorted({level * k for level in (1, *LEVELS) for k in range(1, 1000)}):
         if np.unique(np.maximum(steps // width * width, first)).tolist() == starts:
             assert_same(table, [(max(row[0], first), *row[1:]) for row in by_hand(sent, width)])
             return
