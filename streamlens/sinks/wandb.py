@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 
 from streamlens.errors import SinkError, missing_package
 from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
-from streamlens.sink import RunInfo, Sink, ValueKind
+from streamlens.sink import RunInfo, Sink, value_kinds
 from streamlens.sinks._histograms import histogram_of
 from streamlens.sinks._names import NameRule
 from streamlens.sinks._values import host_values, number_cells
@@ -21,7 +21,6 @@ __all__ = ["WandB"]
 _NAMES: Final = NameRule(r"A-Za-z0-9_\-./", first="A-Za-z_")
 _STEP: Final = "global_step"
 _MOST_BINS: Final = 512
-_CHANNELS: Final = (1, 3, 4)
 
 
 class WandB(Sink):
@@ -57,8 +56,6 @@ class WandB(Sink):
     Example:
         >>> lens.pipe(uw_ratio(), ema(0.9)).subscribe(WandB("digits"))  # doctest: +SKIP
     """
-
-    kinds: ClassVar[frozenset[ValueKind]] = frozenset({"scalar", "vector", "image", "text"})
 
     def __init__(self, project: str | None = None, *, run: Any = None, **init: Any) -> None:
         try:
@@ -130,11 +127,12 @@ class WandB(Sink):
             for layer, counts in host_values(frame):
                 yield from self._histogram(frame, layer, counts)
             return
+        images = "image" in value_kinds(frame)
         for layer, component, value in number_cells(frame):
             name = self._name(frame.topic, layer, component)
             if not isinstance(value, np.ndarray):
                 yield name, value
-            elif value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] in _CHANNELS:
+            elif images:
                 yield name, self._wandb.Image(value)
             elif not np.iscomplexobj(value):
                 yield from self._histogram(frame, layer, value)
