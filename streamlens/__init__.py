@@ -8,6 +8,9 @@ lens.pipe(sl.uw_ratio(), sl.ema(0.9)).subscribe(sl.sinks.TensorBoard("runs/mine"
 ```
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from streamlens import control, operators, sinks, sources
 from streamlens.errors import (
     ClosedLensError,
@@ -29,6 +32,9 @@ from streamlens.runs import read_run
 from streamlens.sources import Feed, Replay, replay
 from streamlens.stream import Operator, Stream
 from streamlens.topics import optimizer_state
+
+if TYPE_CHECKING:
+    from streamlens import views
 
 __version__ = "0.1.0"
 
@@ -58,5 +64,13 @@ __all__ = [
     "replay",
     "sinks",
     "sources",
+    "views",
 ]
 __all__ += _operators
+
+
+def __getattr__(name: str) -> Any:
+    # Charts are there when they are asked for: whoever only records does not wait for Altair.
+    if name == "views":
+        return importlib.import_module("streamlens.views")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,18 @@ from streamlens.views.loss import loss
 from streamlens.views.metric import metric
 from streamlens.views.norms import gradient_norms, weight_norms
 from streamlens.views.rates import learning_rate
+from streamlens.views.shipped import VIEWS, View, by_name
+from streamlens.views.sources import data, filled, records, taken_apart, topics_of
 from streamlens.views.stack import stack
 from streamlens.views.theme import themed, vega_config
 
 __all__ = [
+    "VIEWS",
+    "View",
     "accuracies",
+    "by_name",
+    "data",
+    "filled",
     "gradient_norms",
     "hessian_eigenvalues",
     "histogram",
@@ -21,8 +28,11 @@ __all__ = [
     "loss",
     "metric",
     "percentile_bands",
+    "records",
     "stack",
+    "taken_apart",
     "themed",
+    "topics_of",
     "update_to_weight_ratio",
     "vega_config",
     "weight_norms",

@@ -16,7 +16,7 @@ from streamlens.views.metric import metric
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Other", "other_sections", "shows"]
+__all__ = ["BANDS", "HISTOGRAM", "Other", "bare", "other_sections", "reading_of", "shows", "title_of"]
 
 _MARKS: Final = frozenset(
     {
@@ -83,14 +83,14 @@ def other_sections(
     share = max_points // max(1, charts)
     for topic in metrics:
         chart = metric(others[topic], title=topic, layers=layers[topic], limits=limits, max_points=share)
-        yield Other(_key(topic), _title(topic), _READING.get(topic, _METRIC), chart)
+        yield Other(_key(topic), title_of(topic), reading_of(topic), chart)
     for topic, names in chosen.items():
         table = others[topic]
         draw, reading = spread[topic]
-        values = topic.removesuffix(".histogram").removesuffix(".percentile_bands")
+        values = bare(topic)
         for name in names:
             chart = draw(table[table["layer"] == name], limits, share, values)
-            title = f"{_title(topic)}: {name}" if name else _title(topic)
+            title = f"{title_of(topic)}: {name}" if name else title_of(topic)
             left_out = len(layers[topic]) - len(names)
             note = f" {left_out} more layers were recorded." if left_out and name == names[-1] else ""
             yield Other(_key(f"{topic}-{name}"), title, reading + note, chart)
@@ -99,8 +99,8 @@ def other_sections(
 def _distribution(table: pd.DataFrame) -> tuple[_Draw, str] | None:
     """How a topic is drawn whose components together are one distribution, and how to read that."""
     if is_histogram(table):
-        return _histogram, _HISTOGRAM
-    return (_bands, _BANDS) if are_percentiles(table) else None
+        return _histogram, HISTOGRAM
+    return (_bands, BANDS) if are_percentiles(table) else None
 
 
 def _histogram(rows: pd.DataFrame, limits: Limits | None, most: int, values: str) -> alt.LayerChart:
@@ -117,7 +117,30 @@ def _chosen(names: Sequence[str]) -> list[str]:
     return [names[i] for i in places.tolist()]
 
 
-def _title(topic: str) -> str:
+def bare(topic: str) -> str:
+    """What a topic of distributions holds the distributions of.
+
+    Args:
+        topic: The topic.
+    """
+    return topic.removesuffix(".histogram").removesuffix(".percentile_bands")
+
+
+def reading_of(topic: str) -> str:
+    """How to read a plain chart of a topic.
+
+    Args:
+        topic: Its name, without the model's.
+    """
+    return _READING.get(topic, _METRIC)
+
+
+def title_of(topic: str) -> str:
+    """A topic as a heading.
+
+    Args:
+        topic: Its name, without the model's.
+    """
     words = topic.replace("_", " ")
     if topic in _TITLES:
         return _TITLES[topic]
@@ -166,13 +189,13 @@ _READING: Final = {
         "How far the spectral norms are from exact, relative and squared; 0 where they were decomposed."
     ),
 }
-_BANDS: Final = (
+BANDS: Final = (
     "Between which values the elements lie at each step, the line being the median; bands that close on "
     "the line are a layer that dies, an outer band that runs away from the inner ones is a few elements that "
     "blow up, magenta holds NaN or infinity."
 )
 _METRIC: Final = "A line a layer, or a line a layer and component; magenta marks hold NaN or infinity."
-_HISTOGRAM: Final = (
+HISTOGRAM: Final = (
     "How the elements are distributed at each step, small values at the bottom; a band that narrows towards "
     "zero is a layer that dies, one that spreads is a layer that blows up, magenta holds NaN or infinity."
 )

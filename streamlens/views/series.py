@@ -12,7 +12,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Series", "draw_table", "exponential_average", "split", "thin_indices"]
+__all__ = ["Series", "draw_table", "exponential_average", "flag_of", "split", "thin_indices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def draw_table(series: Iterable[Series], max_points: int, *, log: bool) -> tuple
         flags["series"] += [line.name] * len(bad)
         flags["step"] += bad.steps.tolist()
         flags["epoch"] += bad.epochs.tolist()
-        flags["flag"] += [_flag(value) for value in bad.values.tolist()]
+        flags["flag"] += [flag_of(value) for value in bad.values.tolist()]
     table = pd.DataFrame(points).astype({"value": "float64"})
     return table, pd.DataFrame(flags)
 
@@ -183,7 +183,12 @@ def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _flag(value: float) -> str:
+def flag_of(value: float) -> str:
+    """What a mark says of a value that no line can show: NaN, an infinity, or zero on a logarithmic axis.
+
+    Args:
+        value: The value.
+    """
     if np.isnan(value):
         return "NaN"
     if np.isinf(value):
