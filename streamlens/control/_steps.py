@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import Tensor
+from torch.optim import LBFGS
 
 from streamlens.capture.view import View
 from streamlens.errors import StreamlensError
@@ -69,6 +71,7 @@ class StepScaler:
         self._updates = []
         if not updates:
             raise StreamlensError("the updates to be scaled are gone: optimizers that step together mix them")
+        moved: dict[int, tuple[Tensor, float]] = {}
         with torch.no_grad():
             for entry in engine.index.entries:
                 scale = scales.get(entry.name, scales.get(entry.layer))
@@ -77,6 +80,33 @@ class StepScaler:
                     continue
                 # Of a parameter that is spread over processes, the part that this one holds.
                 entry.tensor.add_(update.to(entry.tensor.dtype), alpha=scale - 1)
+                moved[id(entry.parameter)] = update, scale - 1
+            for info in engine.updates.owners.known:
+                if isinstance(info.optimizer, LBFGS):
+                    _correct_last_step(info.optimizer, moved)
+
+
+def _correct_last_step(optimizer: LBFGS, moved: Mapping[int, tuple[Tensor, float]]) -> None:
+    """Make the next curvature pair of LBFGS that of the step as it was scaled.
+
+    A pair is a change of the gradient and the step that made it, which LBFGS keeps as a direction `d` and a
+    length `t` until the next gradient is known. Without this it would divide the change over one step by
+    another, and its directions would grow without bound.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    # The state of all parameters stands with the first.
+    state = optimizer.state.get(parameters[0], {})
+    if state.get("d") is None:
+        return
+    step, offset = state["d"] * state["t"], 0
+    for parameter in parameters:
+        size = parameter.numel() * (2 if parameter.is_complex() else 1)
+        if id(parameter) in moved:
+            update, factor = moved[id(parameter)]
+            flat = (torch.view_as_real(update) if update.is_complex() else update).reshape(-1)
+            step[offset : offset + size].add_(flat.to(step), alpha=factor)
+        offset += size
+    state["d"], state["t"] = step, 1.0
 
 
 def sizes_of(entries: Sequence[ParameterEntry], layers: Iterable[str]) -> dict[str, int]:

@@ -75,9 +75,10 @@ class RatioLR(RateController):
     With `per_layer=True` no rate is touched. Each layer's own step is scaled instead, after the update:
     W_{k-1} + s (W_k - W_{k-1}), the biases of a layer by the factor of its weight, where s follows the
     same law a layer, s for lr and 1 for base. Groups, schedulers and the optimizer's state stay as they
-    are, and it works with any optimizer but LBFGS, whose curvature pairs are of the steps before scaling:
-    there it may diverge. `uw_ratio()` goes on to show the steps as the optimizer
-    proposed them. It costs an operation on each parameter, and the copies that updates are computed from.
+    are, with any optimizer; LBFGS alone is told, since its next curvature pair has to be of the step as it
+    was scaled. `uw_ratio()` goes on to show the steps as the optimizer proposed them. A step as large as the
+    weights has a ratio near 1 however large it is, so that the target then takes several steps to be met. It
+    costs an operation on each parameter, and the copies that updates are computed from.
 
     As a callable it is what `torch.optim.lr_scheduler.LambdaLR` takes:
     `LambdaLR(optimizer, controller)`. Called, it gives the factor from all ratios seen so far and sets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -286,6 +287,69 @@ def test_per_layer_scales_each_layers_own_step_as_a_loop_by_hand_does(make: Any,
     for mine, theirs in zip(watched.parameters(), model.parameters(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     assert seen[-1].to_dict() == pytest.approx(scales, rel=1e-3)
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+def test_curvature_pairs_of_lbfgs_are_those_of_the_steps_as_they_were_scaled(inner: int) -> None:
+    model = small_model().double()
+    model.register_parameter("turn", nn.Parameter(torch.tensor([1.0 + 0.5j], dtype=torch.complex128)))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=inner, max_eval=20)
+    data = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 4, generator=data, dtype=torch.float64)
+    y = torch.randint(0, 3, (32,), generator=data)
+    points: list[Tensor] = []
+    slopes: list[Tensor] = []
+
+    def flat(tensors: Any) -> Tensor:
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        return torch.cat([t.detach().reshape(-1) for t in real]).clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y) + model.get_parameter("turn").abs().square().sum()
+        loss.backward()
+        points.append(flat(model.parameters()))
+        slopes.append(flat(p.grad for p in model.parameters()))
+        return loss
+
+    with sl.observe(model, on_error="raise") as lens:
+        controller = RatioLR(target=5e-3, smoothing=1.0, per_layer=True)
+        lens.pipe(sl.uw_ratio()).subscribe(controller)
+        scales: list[float] = []
+        lens.pipe(sl.topic("step_scale.action")).subscribe(lambda frame: scales.extend(frame.values.tolist()))
+        for _ in range(6):
+            optimizer.step(closure)
+    assert max(abs(scale - 1) for scale in scales) > 0.5
+    state = next(iter(optimizer.state.values()))
+    moved = [b - a for a, b in pairwise(points)]
+    turned = [b - a for a, b in pairwise(slopes)]
+    pairs = list(zip(state["old_stps"], state["old_dirs"], strict=True))
+    kept = [(s, y) for s, y in zip(moved, turned, strict=True) if float(s @ y) > 1e-10]
+    assert len(pairs) == len(kept) > 3
+    for (step, change), (s, y) in zip(pairs, kept, strict=True):
+        assert torch.allclose(step, s, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(change, y, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["base", "current"])
+def test_per_layer_brings_the_loss_down_with_lbfgs_too(mode: Any) -> None:
+    model = small_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    data = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 4, generator=data), torch.randint(0, 3, (64,), generator=data)
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with sl.observe(model, on_error="raise") as lens:
+        lens.pipe(sl.uw_ratio()).subscribe(RatioLR(target=2e-2, mode=mode, smoothing=1.0, per_layer=True))
+        losses.extend(float(optimizer.step(closure).detach()) for _ in range(40))
+    assert all(after < before + 0.02 for before, after in pairwise(losses))
+    assert losses[-1] < 0.75 * losses[0]
 
 
 # -- what it refuses ---------------------------------------------------------------------------
