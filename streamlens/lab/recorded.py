@@ -20,8 +20,6 @@ from streamlens.sinks import load
 
 __all__ = ["Exported", "Recorded", "differences", "export_run", "find", "found_in", "outcomes"]
 
-_SHORT: Final = 8
-"""Letters of an id that are shown."""
 _BATCH: Final = 1000
 _ABSENT: Final = "-"
 
@@ -41,14 +39,12 @@ class Recorded:
     @property
     def short(self) -> str:
         """The beginning of the id."""
-        return self.record.id[:_SHORT]
+        return self.record.short
 
     @property
     def title(self) -> str:
         """What people call it: its name, else its folder, else the beginning of its id."""
-        path = self.record.path
-        folder = path.parent.name if path.stem == "run" else path.stem
-        return self.record.name or folder or self.short
+        return self.record.title
 
 
 def found_in(path: Path) -> tuple[list[Recorded], list[RunStoreError]]:

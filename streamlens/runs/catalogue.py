@@ -17,6 +17,9 @@ from streamlens.runs.schema import explain, is_run_store, open_for_reading, unte
 
 __all__ = ["RunRecord", "absolute", "close", "list_runs", "pick", "readable", "records", "run_stores"]
 
+_SHORT: Final = 8
+"""Letters of an id that are shown."""
+
 _RUNS: Final = "SELECT run, id, name, started, metadata, written, origin FROM runs ORDER BY run"
 _RUNS_OF_1: Final = "SELECT run, id, name, started, metadata, started, '{}' FROM runs ORDER BY run"
 
@@ -42,6 +45,17 @@ class RunRecord:
     written: float
     origin: Mapping[str, Any]
     path: Path
+
+    @property
+    def short(self) -> str:
+        """The beginning of the id."""
+        return self.id[:_SHORT]
+
+    @property
+    def title(self) -> str:
+        """What people call the run: its name, else its folder, else the beginning of its id."""
+        folder = self.path.parent.name if self.path.stem == "run" else self.path.stem
+        return self.name or folder or self.short
 
 
 def list_runs(path: str | os.PathLike[str]) -> list[RunRecord]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from streamlens.errors import RunStoreError
 
-__all__ = ["WriterLock", "try_lock"]
+__all__ = ["WriterLock", "is_written", "try_lock"]
 
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -66,6 +66,32 @@ def try_lock(descriptor: int) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise
+    return True
+
+
+def is_written(store: Path) -> bool:
+    """Whether somebody writes a run store now, as far as can be seen without touching the lock.
+
+    Trying the lock would keep out a writer that begins at that moment. Instead the note is read that its
+    holder left, and the process looked for; one of another machine is taken to be there.
+
+    Args:
+        store: The run store's path, symbolic links resolved.
+    """
+    try:
+        holder = Path(f"{store}-lock").read_text(errors="replace").split()
+    except OSError:
+        return False
+    if len(holder) != 2 or not holder[0].isdigit():
+        return False
+    if holder[1] != socket.gethostname() or sys.platform == "win32":
+        return True
+    try:
+        os.kill(int(holder[0]), 0)
+    except PermissionError:
+        return True  # somebody else's
+    except (OSError, OverflowError):
+        return False
     return True
 
 

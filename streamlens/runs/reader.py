@@ -128,6 +128,22 @@ class Run:
         with self.reading() as db:
             return db.steps([self._topic(topic)])
 
+    def some_steps(self, topic: str, most: int) -> list[int]:
+        """At most so many of the steps that a topic has frames of, evenly over them; all of few.
+
+        Args:
+            topic: One of `topics`.
+            most: At least 2.
+
+        Raises:
+            UnknownTopicError: The run has no such topic.
+            ValueError: `most` is below 2.
+        """
+        if most < 2:
+            raise ValueError(f"most must be at least 2, for the first and the last step; got {most}")
+        with self.reading() as db:
+            return db.some_steps(self._topic(topic), most)
+
     def layers(self, topic: str) -> list[str]:
         """All layers that frames of a topic have had, in model order.
 
@@ -176,8 +192,8 @@ class Run:
         Args:
             topic: One of `topics`.
             layers: Names or globs of layers; by default all.
-            steps: One step, a slice or range of steps (without their end), or a pair of the
-                first and the last (included; None for open).
+            steps: One step, a slice or range of steps (without their end), a list of steps, or a pair
+                of the first and the last (included; None for open).
             max_points: At most this many rows a layer and component. Minima, maxima and NaN are
                 kept, so that a chart looks the same.
 

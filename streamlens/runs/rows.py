@@ -58,6 +58,24 @@ class Reading:
         known = [step for step in found if step is not None]
         return (min(known), max(known)) if known else (0, -1)
 
+    def some_steps(self, topic: int, most: int) -> list[int]:
+        """Steps of at most so many frames of a topic, evenly over all that there are; all of few."""
+        found = self._db.execute(
+            "SELECT DISTINCT step FROM frames WHERE topic = ? ORDER BY step LIMIT ?", (topic, most + 1)
+        ).fetchall()
+        if len(found) <= most:
+            return [step for (step,) in found]
+        first, last = self.steps([topic])
+        # The first frame from each of evenly spaced steps on: a look-up each, however long the run is.
+        nearest = (
+            self._db.execute(
+                "SELECT step FROM frames WHERE topic = ? AND step >= ? ORDER BY step LIMIT 1",
+                (topic, first + (last - first) * i // (most - 1)),
+            ).fetchone()[0]
+            for i in range(most)
+        )
+        return sorted(set(nearest))
+
     def rows(self, topic: int, start: int, stop: int) -> list[tuple[Any, ...]]:
         """The rows of a topic at the steps in `[start, stop)`, as `checked_row` takes them."""
         return self._db.execute(f"{FRAMES} AND step >= ? AND step < ?", (topic, start, stop)).fetchall()

@@ -10,8 +10,8 @@ from streamlens.errors import LayerNotFoundError, did_you_mean
 
 __all__ = ["Steps", "select_layers", "step_bounds", "step_condition"]
 
-Steps: TypeAlias = int | slice | range | tuple[int | None, int | None]
-"""Which steps: one, those of a slice or range, or from the first to the last of a pair."""
+Steps: TypeAlias = int | slice | range | tuple[int | None, int | None] | list[int]
+"""Which steps: one, those of a slice, range or list, or from the first to the last of a pair."""
 
 
 def select_layers(topic: str, known: Sequence[str], layers: str | Sequence[str] | None) -> list[str]:
@@ -43,9 +43,11 @@ def step_condition(steps: Steps | None) -> tuple[str, list[int]]:
         ValueError: A slice with a negative bound.
         TypeError: `steps` is none of what `Steps` allows.
     """
-    first, last, stride = _interval(steps)
     if isinstance(steps, int):
         return " AND step = ?", [steps]
+    if isinstance(steps, list):
+        return f" AND step IN ({', '.join('?' * len(steps))})", list(steps)
+    first, last, stride = _interval(steps)
     condition, bounds = "", []
     if first is not None:
         condition, bounds = " AND step >= ?", [first]
@@ -60,16 +62,22 @@ def step_bounds(steps: Steps | None) -> tuple[int | None, int | None]:
     """The first and the last of steps that lie side by side; None for open.
 
     Raises:
-        ValueError: A slice with a negative bound, or a stride.
+        ValueError: A slice with a negative bound, or a stride; a list.
         TypeError: `steps` is none of what `Steps` allows.
     """
+    if isinstance(steps, list):
+        raise ValueError(
+            f"steps={steps!r}: only steps side by side can be chosen here, which a list may not be"
+        )
     first, last, stride = _interval(steps)
     if stride > 1:
         raise ValueError(f"steps={steps!r}: only steps side by side can be chosen here, without a stride")
     return first, last
 
 
-def _interval(steps: Steps | None) -> tuple[int | None, int | None, int]:
+def _interval(
+    steps: int | slice | range | tuple[int | None, int | None] | None,
+) -> tuple[int | None, int | None, int]:
     """The first step, the last and the stride."""
     match steps:
         case None:
@@ -88,4 +96,4 @@ def _interval(steps: Steps | None) -> tuple[int | None, int | None, int]:
                     f"steps={steps!r}: a slice of steps counts from step 0; its bounds cannot be negative"
                 )
             return first, last, stride
-    raise TypeError(f"steps={steps!r}: pass a step, a slice, a range or a pair (first, last)")
+    raise TypeError(f"steps={steps!r}: pass a step, a slice, a range, a list or a pair (first, last)")

@@ -16,7 +16,7 @@ from streamlens.views.theme import ALERT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PREFIX", "RULES", "Alert", "alert_list", "alerts", "no_alerts", "with_marks"]
+__all__ = ["PREFIX", "RULES", "Alert", "alert_list", "alerts", "no_alerts", "rules_of", "with_marks"]
 
 RULES: Final = "alert_rules"
 """The entry of a run's metadata that names the alert rules which were on, with commas in between."""
@@ -48,6 +48,11 @@ class Alert:
     layers: tuple[str, ...]
     text: str
     until: int | None = None
+
+
+def rules_of(metadata: Mapping[str, Any]) -> str:
+    """The alert rules that were on, as a run's metadata name them; `""` for none."""
+    return str(metadata.get(RULES) or "")
 
 
 def alerts(tables: Mapping[str, pd.DataFrame]) -> list[Alert]:

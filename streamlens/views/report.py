@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamlens.runs import read_run
-from streamlens.views.alerts import RULES, alert_list, no_alerts
-from streamlens.views.sections import ModelRows, ReadableRun, Section, read_models, sections
+from streamlens.views.alerts import alert_list, no_alerts, rules_of
+from streamlens.views.heading import heading
+from streamlens.views.sections import ModelRows, ReadableRun, Section, label_width, read_models, sections
 from streamlens.views.summary import Tile, last_step, tiles, time_span
 from streamlens.views.theme import vega_config
 
@@ -74,15 +75,15 @@ def _page(run: ReadableRun) -> str:
     models = read_models(run)
     last = last_step(models)
     found = sections(models, (0.0, float(last + 1)) if last >= 0 else None)
-    title, settings = _heading(run.metadata)
+    title, settings = heading(run.metadata)
     # A classic script ends at the first "</script": the bundle's build makes sure it holds none.
     bundle = _asset("vega/vega.min.js")
     script = _asset("page/host.js") + _asset("page/boot.js")
     charts = [
-        {"id": f"chart-{i}", "name": _file_name(section), "spec": section.chart.to_dict()}
+        {"id": f"chart-{i}", "name": section.file_name, "spec": section.chart.to_dict()}
         for i, section in enumerate(found)
     ]
-    width = _label_width(models)
+    width = label_width(models)
     return string.Template(_asset("page/report.html")).substitute(
         policy=_policy(bundle, script),
         title=html.escape(title),
@@ -127,28 +128,8 @@ def _policy(*scripts: str) -> str:
 
 def _quiet(metadata: Mapping[str, Any], last: int) -> str:
     """What a page says of alerts where rules were on and none came."""
-    rules = str(metadata.get(RULES) or "")
+    rules = rules_of(metadata)
     return no_alerts(rules, last + 1) if rules else ""
-
-
-def _heading(metadata: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """The page's title, and what else is known about the run as (name, value)."""
-    flat = dict(_flatten(metadata))
-    flat.pop(RULES, None)
-    model, data = flat.pop("model", ""), flat.pop("dataset", "")
-    title = f"{model or 'Training run'} on {data}" if data else model or "Training run"
-    return title, list(flat.items())
-
-
-def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in entries.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{key}.")
-        elif isinstance(value, float):
-            yield key, f"{value:.6g}"
-        elif value is not None and value != "":
-            yield key, str(value)
 
 
 def _settings(settings: Sequence[tuple[str, str]]) -> str:
@@ -194,18 +175,6 @@ def _sections(found: Sequence[Section]) -> Iterator[str]:
             f'<section class="card">\n<h3>{html.escape(section.title)}</h3>\n'
             f'<p>{html.escape(section.reading)}</p>\n<div class="chart" id="chart-{i}"></div>\n</section>'
         )
-
-
-def _file_name(section: Section) -> str:
-    # What a browser proposes for a saved picture; it makes the rest safe by itself.
-    return f"{section.model}-{section.key}" if section.model else section.key
-
-
-def _label_width(models: Sequence[ModelRows]) -> int:
-    """Pixels for the labels of every value axis, so that all step axes start at one place."""
-    per_layer = ("uw_ratio", "weight_gradients.norm2", "weights.norm2")
-    names = [layer for model in models for topic in per_layer for layer in model.layers.get(topic, ())]
-    return min(140, max(48, 10 + round(6.4 * max(map(len, names), default=0))))
 
 
 def _missing(models: Sequence[ModelRows]) -> str:

@@ -22,7 +22,7 @@ from streamlens.views.rates import learning_rate
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TOPICS", "ModelRows", "ReadableRun", "Section", "read_models", "sections"]
+__all__ = ["TOPICS", "ModelRows", "ReadableRun", "Section", "label_width", "read_models", "sections"]
 
 TOPICS: Final = (
     "loss",
@@ -116,6 +116,22 @@ class Section:
     title: str
     reading: str
     chart: alt.LayerChart
+
+    @property
+    def file_name(self) -> str:
+        """What a browser proposes for a saved picture; it makes the rest safe by itself."""
+        return f"{self.model}-{self.key}" if self.model else self.key
+
+
+def label_width(models: Sequence[ModelRows]) -> int:
+    """Pixels for the labels of every value axis, so that all step axes start at one place.
+
+    Args:
+        models: What `read_models` returned.
+    """
+    per_layer = ("uw_ratio", "weight_gradients.norm2", "weights.norm2")
+    names = [layer for model in models for topic in per_layer for layer in model.layers.get(topic, ())]
+    return min(140, max(48, 10 + round(6.4 * max(map(len, names), default=0))))
 
 
 def read_models(run: ReadableRun) -> list[ModelRows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,12 +161,43 @@ def test_merging_orders_keeps_the_order_of_a_list_that_has_everything(
         (range(7, 0, -3), [1, 4, 7]),
         (range(20, 10), []),
         ((5, 3), []),
+        ([7, 2, 40], [2, 7]),
+        ([], []),
     ],
 )
 def test_steps_are_chosen_as_python_would(tmp_path: Path, steps: Steps | None, expected: list[int]) -> None:
     sent = [Frame("t", step, ("a",), torch.ones(1)) for step in range(10)]
     with store(tmp_path / "run.db", sent) as run:
         assert run.dataframe("t", steps=steps)["step"].tolist() == expected
+
+
+def test_an_envelope_of_a_list_of_steps_is_refused(tmp_path: Path) -> None:
+    sent = [Frame("t", step, ("a",), torch.ones(1)) for step in range(3)]
+    with store(tmp_path / "run.db", sent) as run, pytest.raises(ValueError, match="side by side"):
+        run.envelope("t", steps=[0, 2])
+
+
+@given(st.sets(st.integers(0, 300), min_size=1, max_size=60), st.integers(2, 20))
+@settings(max_examples=20, deadline=None)
+def test_some_steps_are_few_recorded_ones_from_the_first_to_near_the_last(steps: set[int], most: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sent = [Frame("t", step, ("a",), torch.ones(1)) for step in sorted(steps)]
+        with store(Path(folder) / "run.db", sent) as run:
+            found = run.some_steps("t", most)
+    assert len(found) <= most
+    assert set(found) <= steps
+    if len(steps) <= most:
+        assert found == sorted(steps)
+    else:
+        assert (found[0], found[-1]) == (min(steps), max(steps))
+
+
+def test_some_steps_are_at_least_two_and_of_a_topic_that_there_is(tmp_path: Path) -> None:
+    with store(tmp_path / "run.db", [Frame("t", 0, ("a",), torch.ones(1))]) as run:
+        with pytest.raises(ValueError, match="at least 2"):
+            run.some_steps("t", 1)
+        with pytest.raises(UnknownTopicError, match="unknown topic 'u'"):
+            run.some_steps("u", 5)
 
 
 @pytest.mark.parametrize("steps", [slice(-3, None), slice(0, -1), slice(0, 9, -1)])

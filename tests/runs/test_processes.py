@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from streamlens.runs import RunWriter
+from streamlens.runs.lock import is_written
 from tests.runs.scripts import batch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills and mounts as Unix knows them")
@@ -99,3 +102,25 @@ def test_a_folder_that_cannot_be_written_is_read_whole_and_not_written(tmp_path:
     for name in ("closed.db", "new.db"):
         assert f"cannot write {tmp_path / name}: Read-only file system" in seen[f"refusal of {name}"]
         assert "another path" in seen[f"refusal of {name}"]
+
+
+def test_whether_a_store_is_written_is_seen_without_keeping_a_writer_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.db"
+    assert not is_written(path)
+    with RunWriter(path, "first"):
+        assert is_written(path)
+    assert not is_written(path)
+    # A note that a killed writer left: of a process that is no more, and of nobody.
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    said = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    lock = Path(f"{path}-lock")
+    for note, written in (
+        (f"{said.stdout.decode().strip()} {socket.gethostname()}", False),
+        (f"{os.getpid()} {socket.gethostname()}", True),
+        ("1 another-machine", True),
+        ("", False),
+        ("x y", False),
+        (f"{10**30} {socket.gethostname()}", False),
+    ):
+        lock.write_text(note)
+        assert is_written(path) is written, note

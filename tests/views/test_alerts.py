@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from streamlens.views.alerts import RULES, Alert, alert_list, alerts, no_alerts, with_marks
+from streamlens.views.heading import heading
 from streamlens.views.loss import loss
-from streamlens.views.report import _heading, _quiet, write_report
+from streamlens.views.report import _quiet, write_report
 from streamlens.views.theme import ALERT
 from tests.views.fakes import FakeRun, count_pixels, draw, rows, tables
 
@@ -90,7 +91,7 @@ def test_a_run_without_alerts_says_which_rules_were_on_and_for_how_long() -> Non
     assert _quiet({RULES: "loss_spike"}, 0) == no_alerts("loss_spike", 1)
     assert "1 step." in no_alerts("loss_spike", 1)
     assert _quiet({}, 99) == ""
-    assert _heading({"model": "m", RULES: "loss_spike", "seed": 1}) == ("m", [("seed", "1")])
+    assert heading({"model": "m", RULES: "loss_spike", "seed": 1}) == ("m", [("seed", "1")])
 
 
 def test_a_chart_is_marked_where_an_alert_started() -> None:
