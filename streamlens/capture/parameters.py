@@ -66,6 +66,7 @@ class ParameterCapture:
         info: OptimizerInfo,
         *,
         unowned: frozenset[int],
+        given: frozenset[int] = frozenset(),
         merging: bool = False,
     ) -> CallPlan:
         """What a call of this optimizer takes for these demands.
@@ -75,14 +76,15 @@ class ParameterCapture:
             index: The model's names.
             info: The optimizer that steps.
             unowned: Parameters that no optimizer owns and that come with this call.
+            given: Parameters whose values came with an earlier call of the step.
             merging: Whether what is taken may be a part of what several processes have.
         """
-        key = (tuple(map(id, due)), info.serial, id(info.entries), unowned, merging)
+        key = (tuple(map(id, due)), info.serial, id(info.entries), unowned, given, merging)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 256:
                 self._plans.clear()
-            plan = self._plans[key] = compile_call(due, index, info, unowned, merging=merging)
+            plan = self._plans[key] = compile_call(due, index, info, unowned, given, merging=merging)
         return plan
 
     # -- before the update -------------------------------------------------------------------

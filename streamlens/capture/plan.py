@@ -59,6 +59,7 @@ def compile_call(
     index: ModelIndex,
     info: OptimizerInfo,
     unowned: frozenset[int],
+    given: frozenset[int] = frozenset(),
     *,
     merging: bool = False,
 ) -> CallPlan:
@@ -69,6 +70,7 @@ def compile_call(
         index: The model's names.
         info: The optimizer that steps.
         unowned: Parameters that no optimizer owns and that come with this call.
+        given: Parameters whose values came with an earlier call of the step.
         merging: Whether what is taken may be a part of what several processes have.
     """
     owned = {entry.order for entry in info.entries}
@@ -81,7 +83,7 @@ def compile_call(
             if not info.tells(spec.facet):
                 continue
             wanted = demand.layers.get(topic)
-            reach = owned | unowned if spec.facet is Facet.VALUE else owned
+            reach = (owned | unowned) - given if spec.facet is Facet.VALUE else owned
             entries = tuple(_entries(spec, index, reach, wanted))
             if not entries:
                 continue

@@ -204,13 +204,15 @@ class UpdateCapture:
         return any(demand.at_update for demand in self._engine.due_now)
 
     def _plan(self, info: OptimizerInfo) -> CallPlan:
-        unowned: frozenset[int] = frozenset()
-        if not self.partners.stepped and len(info.entries) < len(self._engine.index.entries):
-            owned = {e.order for e in info.entries} | self.owners.owned()
-            unowned = self._unowned.with_first(self._engine.index.entries, owned)
         engine = self._engine
-        merging = engine.exchange.active
-        return self._parameters.plan(engine.due_now, engine.index, info, unowned=unowned, merging=merging)
+        unowned = given = frozenset[int]()
+        if self.partners.stepped:
+            given = self._unowned.given
+        elif len(info.entries) < len(engine.index.entries):
+            owned = {e.order for e in info.entries} | self.owners.owned()
+            unowned = self._unowned.with_first(engine.index.entries, owned)
+        plan, merging = self._parameters.plan, engine.exchange.active
+        return plan(engine.due_now, engine.index, info, unowned=unowned, given=given, merging=merging)
 
     def _first_evaluation(
         self, call: _Call, optimizer: Optimizer, closure: Callable[[], Any]
@@ -381,13 +383,11 @@ class UpdateCapture:
         self._emit_waiting()
         self.owners.warn_of_strangers()
         frames = self.partners.close_step()
-        lease: Lease | None = None
-        late = self._unowned.at_end(self.owners.owned()) if self._unowned.waiting else frozenset()
-        if late and not self._engine.silent and self._due():
-            lease = Lease()
-            engine = self._engine
-            none = OptimizerInfo(None, -1)
-            plan = self._parameters.plan(engine.due_now, engine.index, none, unowned=late)
+        engine, lease = self._engine, Lease()
+        late = self._unowned.at_end(self.owners.owned())
+        if late and not engine.silent and self._due():
+            nobody = OptimizerInfo(None, -1)
+            plan = self._parameters.plan(engine.due_now, engine.index, nobody, unowned=late)
             table = self._parameters.values(plan, keep_next=False)[0]
             tensors = {e.order: e.tensor.detach() for e in plan.entries.get(Facet.VALUE, ())}
             sources = [(output, table, tensors) for output in plan.outputs.get(Facet.VALUE, ())]
@@ -395,4 +395,4 @@ class UpdateCapture:
             raw, reduced = self._frames.of(sources, lease)
             frames += raw + self.partners.gather(reduced, lambda: ())
         if frames:
-            self._engine.post_frames(frames, lease)
+            engine.post_frames(frames, lease)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from reactivex import Observable
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -88,6 +90,66 @@ def test_the_weights_of_an_optimizer_that_has_not_stepped_are_not_taken_before_i
         assert all(torch.equal(frame[layer], after[layer]) for layer in frame)
     for frame in reduced[:3]:
         assert all(float(frame[k]) == pytest.approx(float(after[k].norm())) for k in frame)
+
+
+@pytest.mark.parametrize("chain", [sl.topic("weights"), sl.norm("weights")], ids=["raw", "reduced"])
+@pytest.mark.parametrize("made", [0, 3], ids=["made at once", "made late"])
+def test_an_optimizer_whose_first_step_comes_late_gives_each_weight_once_and_as_updated(
+    chain: Callable[[Observable[sl.Frame]], Observable[sl.Frame]], made: int
+) -> None:
+    model = perceptron()
+    early = optimizer_of(model, "0")
+    late: SGD | None = None
+    truth: list[dict[str, Tensor]] = []
+    with observed(model) as lens:
+        weights = record(lens, chain)
+        for k, batch in enumerate(BATCHES[:5]):
+            if k == made:
+                late = optimizer_of(model, "4")
+            squared_error(model, batch).backward()
+            early.step()
+            if k == 3:
+                assert late is not None
+                late.step()
+            model.zero_grad()
+            truth.append(of_role(snapshot(model), "weight"))
+    seen = [(frame.step, layer) for frame in weights for layer in frame]
+    assert len(seen) == len(set(seen)), "no layer twice in a step"
+    assert {(k, layer) for k in range(4) for layer in LAYERS} <= set(seen)
+    for frame in weights:
+        for layer in frame:
+            value = truth[frame.step][layer]
+            assert torch.allclose(frame[layer], value if frame[layer].dim() else value.norm())
+    # Layer 2 is nobody's: that it comes apart shows only at the first step of all.
+    assert all({"0", "2"} <= set(frame.layers) for frame in weights if frame.step and "0" in frame.layers)
+
+
+def test_where_nobody_can_find_a_late_optimizer_its_weights_still_come_once_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gc, "get_objects", list)
+    model = perceptron()
+    early, late = optimizer_of(model, "0", "2"), optimizer_of(model, "4")
+    with observed(model) as lens:
+        weights, ratios = record(lens, sl.topic("weights")), record(lens, sl.uw_ratio())
+        run_together(model, (early,), BATCHES[:2])
+        run_together(model, (early, late), BATCHES[2:4])
+    for frames in (weights, ratios):
+        seen = [(frame.step, layer) for frame in frames for layer in frame]
+        assert len(seen) == len(set(seen))
+    assert {layer for frame in ratios if frame.step == 2 for layer in frame} == set(LAYERS)
+
+
+def test_a_layer_of_an_optimizer_that_never_steps_has_weights_at_every_step_and_is_told_of() -> None:
+    model = perceptron()
+    steps, never = optimizer_of(model, "2", "4"), optimizer_of(model, "0")
+    with observed(model) as lens:
+        weights = record(lens, sl.norm("weights"))
+        alerts = record(lens, sl.unchanged_weights(every=1))
+        run_together(model, (steps,), BATCHES[:6])
+    assert [frame.step for frame in weights if "0" in frame.layers] == list(range(6))
+    assert [(alert.meta["state"], alert.layers) for alert in alerts] == [("start", ("0",))]
+    del never
 
 
 def test_optimizers_given_are_known_from_the_first_step_on() -> None:

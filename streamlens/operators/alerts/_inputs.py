@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from reactivex import Observable
 from torch import nn
 
@@ -15,6 +16,7 @@ from streamlens.frame import Frame
 from streamlens.layers import LayerSelector
 from streamlens.lens import Lens
 from streamlens.nodes import frame_operator
+from streamlens.operators._base import relabelled
 from streamlens.operators._finite import FiniteProbe
 from streamlens.operators.align import combine
 from streamlens.operators.dead_fraction import dead_fraction
@@ -151,17 +153,27 @@ def _probed(source: Observable[Frame]) -> Observable[Frame]:
 
 
 def _with_gradient(source: Observable[Frame]) -> Stream:
-    """The norms of the weights that have a gradient, whether or not an optimizer has them."""
+    """One for each layer whose weights have a gradient, whether or not an optimizer updates them."""
     stream = norm("weights")(source)
     if not isinstance(stream, Lens):
         raise UnknownTopicError("only a lens knows its model's gradients")
     stream.module_classes()  # raises where there is no model, as in a replay
 
     def pick(frame: Frame) -> Frame | None:
-        modules = stream.module_classes()
-        weights = ((name, getattr(modules.get(name), "weight", None)) for name in frame.layers)
-        there = tuple(name for name, weight in weights if getattr(weight, "grad", None) is not None)
-        return frame.select(there).replace(topic="weights.with_gradient") if there else None
+        wanted = stream.source.resolve(stream.view)["weights"]
+        weights = (
+            (name, module._parameters.get("weight")) for name, module in stream.module_classes().items()
+        )
+        there = tuple(
+            name
+            for name, weight in weights
+            if weight is not None and weight.grad is not None and (wanted is None or name in wanted)
+        )
+        return (
+            relabelled(frame, "weights.with_gradient", torch.ones(len(there)), layers=there)
+            if there
+            else None
+        )
 
     return frame_operator(stream, pick, "with_gradient")
 

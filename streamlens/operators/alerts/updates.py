@@ -173,6 +173,7 @@ class _Unchanged(Judge):
     def __init__(self) -> None:
         self._gradients: dict[str, int] = {}
         self._norms: dict[str, tuple[int, float, float]] = {}
+        self._last = -1
 
     def look(self, look: Look) -> Iterable[Verdict]:
         if look.topic == UPDATE_NORMS.name:
@@ -191,22 +192,28 @@ class _Unchanged(Judge):
         # A layer with a gradient and no update belongs to no optimizer, or to one that did not step.
         values = np.array([updates.get(layer, 0.0) for layer in layers])
         stayed = np.array([self._stayed(layer, look.step) for layer in layers], dtype=np.bool_)
+        self._last = look.step
         return [Verdict(layers, values, (values == 0.0) & stayed, 0.0)] if layers else []
 
     def _stayed(self, layer: str, step: int) -> bool:
-        """Whether nobody has changed the weights since the last look, as far as norms tell."""
+        """Whether nobody has changed the weights since the last look, as far as norms tell.
+
+        Weights that an optimizer has and does not update come when their step ends: those of the last look
+        are the newest there are.
+        """
         if not self._norms:
             return True
         when, now, before = self._norms.get(layer, (-1, math.nan, math.nan))
-        return when == step and now == before
+        return now == before and when in (step, self._last)
 
     def state_dict(self) -> dict[str, Any]:
         norms = {layer: list(entry) for layer, entry in self._norms.items()}
-        return {"gradients": dict(self._gradients), "norms": norms}
+        return {"gradients": dict(self._gradients), "norms": norms, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._gradients = dict(state["gradients"])
         self._norms = {layer: (entry[0], entry[1], entry[2]) for layer, entry in state["norms"].items()}
+        self._last = state.get("last", -1)
 
 
 @dataclass(frozen=True)
