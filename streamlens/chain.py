@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reactivex.abc import DisposableBase
 
 from streamlens.frame import Frame
+from streamlens.layers import LayerSelector
 
 if TYPE_CHECKING:
     from streamlens.runtime import Runtime
@@ -123,6 +124,7 @@ class Chain:
         complete: Completes its end.
         session: The call of `observe` that it came through.
         inner: Whether an operator of reactivex subscribed it while running, as `flat_map` does.
+        selectors: Which layers its operators have selected.
     """
 
     plan: str
@@ -139,6 +141,7 @@ class Chain:
     complete: Callable[[], None] | None = None
     session: object | None = None
     inner: bool = False
+    selectors: tuple[LayerSelector, ...] = ()
 
     def finish(self) -> None:
         """Complete it: from its inputs on, and then what has not ended by that."""

@@ -51,7 +51,11 @@ class Lens(Stream):
 
     def __init__(self, source: Source, session: Session, view: View = _EVERYTHING) -> None:
         super().__init__(
-            None, plan=(source.title, *view.describe()), runtime=source, kind=source.kind_of(view)
+            None,
+            plan=(source.title, *view.describe()),
+            runtime=source,
+            kind=source.kind_of(view),
+            selectors=view.selectors,
         )
         self.source = source
         self.session = session

@@ -18,6 +18,7 @@ from reactivex.disposable import Disposable
 from streamlens.chain import Attachment, Chain, Ending, current_chain
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
+from streamlens.layers import LayerSelector
 from streamlens.runtime import Runtime, default_runtime
 from streamlens.sink import Sink, check_tensors
 
@@ -40,6 +41,8 @@ class Stream(Observable[Frame]):
         lens: The Lens the stream came from, if any.
         kind: How often its frames come, where that is known.
         foreign: Whether an operator that is not ours is part of it.
+        raw: Whether its frames still hold the model's own tensors.
+        selectors: Which layers were selected on the way, as far as operators of ours did.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Stream(Observable[Frame]):
         kind: Kind | None = None,
         foreign: bool = False,
         raw: bool = False,
+        selectors: tuple[LayerSelector, ...] = (),
     ) -> None:
         super().__init__(subscribe)
         self.plan = plan
@@ -60,6 +64,7 @@ class Stream(Observable[Frame]):
         self.kind = kind
         self.foreign = foreign
         self.raw = raw
+        self.selectors = selectors
 
     def pipe(self, *operators: Callable[[Any], Any]) -> Any:
         """Apply operators from left to right; what they return is a Stream where it can be one.
@@ -93,6 +98,7 @@ class Stream(Observable[Frame]):
             lens=self.lens,
             kind=self.kind,
             foreign=True,
+            selectors=self.selectors,
         )
 
     def then(
@@ -114,6 +120,7 @@ class Stream(Observable[Frame]):
             kind=kind or self.kind,
             foreign=self.foreign,
             raw=raw,
+            selectors=self.selectors,
         )
 
     @property
@@ -157,6 +164,7 @@ class Stream(Observable[Frame]):
             check_tensors(on_next, self.plan_text)
         self._check_name(name)
         chain = Chain(self.plan_text, name or self.runtime.chain_key(self.plan_text), self.foreign)
+        chain.selectors = self.selectors
         chain.session = self.lens.session if self.lens is not None else None
         chain.inner = str(getattr(on_next, "__module__", "")).startswith("reactivex.")
         self._warn_of_ambiguity(chain, name)

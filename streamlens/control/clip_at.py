@@ -33,7 +33,8 @@ class ClipAt(GradientController):
     clipping does not lower the limit. The first norm is its own percentile.
 
     It ends any chain of a lens, `lens.pipe(norm("weight_gradients")).subscribe(ClipAt(10))`: the gradients
-    are its input, at every update, and `weight_gradients` shows what remains of them. Each optimizer has
+    are its input, at every update, and `weight_gradients` shows what remains of them. After `layers(...)` the
+    norm is that of the gradients of these layers, and they alone are clipped. Each optimizer has
     norms and a limit of its own. A step with a NaN or infinite gradient neither counts nor is clipped, and
     one in which a parameter lacks the gradient that it had before is clipped at the limit as it was.
 

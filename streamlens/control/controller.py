@@ -21,6 +21,7 @@ from streamlens.control._claims import claim, release
 from streamlens.control.decision import Decision
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame
+from streamlens.layers import LayerSelector
 from streamlens.runtime import Runtime, default_runtime
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class _Links:
         self.attachment: ControllerAttachment | None = None
         self.agreement: Agreement | None = None
         self.resources: CompositeDisposable = CompositeDisposable()
+        self.selectors: tuple[LayerSelector, ...] = ()
 
 
 class Controller(Ending, ObserverBase[Frame]):
@@ -225,6 +227,7 @@ class Controller(Ending, ObserverBase[Frame]):
                 f"{self.name}(..., dry_run=True) to see what it would have done"
             )
         links.runtime, links.resources = runtime, CompositeDisposable()
+        links.selectors = chain.selectors
         timeout = runtime.exchange.timeout if isinstance(runtime, Engine) else None
         links.agreement = agreement_of(runtime, timeout)
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
+from streamlens.capture.copies import held_by
 from streamlens.control.bounds import Bounds
 from streamlens.control.decision import Decision
 from streamlens.control.gradients import GradientController
@@ -18,9 +20,7 @@ from streamlens.errors import StreamlensError, did_you_mean
 from streamlens.operators._base import is_number
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from streamlens.capture.model import ParameterEntry
+    from streamlens.capture.model import ModelIndex, ParameterEntry
     from streamlens.frame import Frame
 
 __all__ = ["FixedRatio"]
@@ -44,12 +44,14 @@ class FixedRatio(GradientController):
     it is, for no scale makes it meet anything.
 
     It needs an update that is linear in its gradient: momentum, weight decay, Nesterov and other optimizers
-    are errors, for which `RatioLR(per_layer=True)` scales steps after the update. A target that never falls
-    limits how far training converges; a schedule makes it fall.
+    are errors at `subscribe` (at the first update of one that is made later), for which
+    `RatioLR(per_layer=True)` scales steps after the update. A target that never falls limits how far
+    training converges; a schedule makes it fall.
 
     It ends any chain of a lens, `lens.pipe(uw_ratio()).subscribe(FixedRatio(1e-3))`: the gradients are its
-    input, at every update. Where one of them is not finite, or a layer lacks the gradient that it had
-    before, all scales stay as they were at the step before.
+    input, at every update, of the layers that the chain selects (`layers("features.*")` in it). Where one of
+    them is not finite, or a layer lacks the gradient that it had before, all scales stay as they were at the
+    step before.
 
     It costs three passes over what is steered (two norms and a product) and one where gradients are scaled,
     and nothing waits for a device. Actions are frames of `gradient_scale.action`, the scale of each layer; on
@@ -116,11 +118,19 @@ class FixedRatio(GradientController):
         # It undoes what the rate would do: a loop that looks at ratios and steers the rate would run away.
         self.claim("learning rate", self._optimizer, "under FixedRatio the rate makes no difference")
         assert self.engine is not None
-        for info in self.engine.updates.owners.known:
-            optimizer = info.optimizer
-            mine = optimizer is not None and self._optimizer in (None, optimizer)
-            if mine and (objection := _objection(optimizer)):
+        if self._optimizer is not None:
+            return  # looked at when it was given
+        known = [o for info in self.engine.updates.owners.known if (o := info.optimizer) is not None]
+        for optimizer in known:
+            if objection := _objection(optimizer):
                 raise StreamlensError(objection)
+        objections = [] if known else [_objection(o) for o in _made_for(self.engine.index)]
+        if objections and all(objections):
+            # If one of several would do, it may be the one that will be used.
+            raise StreamlensError(
+                f"{objections[0]}. If another optimizer will train the model, name it: "
+                "FixedRatio(optimizer=...)"
+            )
 
     def target_at(self, step: int) -> float:
         """The target at a step.
@@ -202,6 +212,16 @@ class FixedRatio(GradientController):
             f"{self.target_at(frame.step):.3g} is the target"
         )
         return Decision(TOPIC, old, new, cause, layers=frame.layers)
+
+
+def _made_for(index: ModelIndex) -> list[Optimizer]:
+    """The optimizers in memory that hold parameters of a model; PyTorch keeps no list of them.
+
+    It takes some tenths of a second where there are millions of objects.
+    """
+    # By `type`, since some objects compute what they give out as their class.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+    return [optimizer for optimizer in found if any(map(index.owned_through, held_by(optimizer)))]
 
 
 def _objection(optimizer: object) -> str | None:

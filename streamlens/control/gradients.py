@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -21,9 +21,10 @@ from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
 from streamlens.reductions import Statistic, summarise
 from streamlens.reductions.elements import double_where_known
+from streamlens.topics import topic_spec
 
 if TYPE_CHECKING:
-    from streamlens.capture.model import ParameterEntry
+    from streamlens.capture.model import ModelIndex, ParameterEntry
 
 __all__ = ["GradientController"]
 
@@ -37,8 +38,9 @@ _LEAST: Final = 1e-15
 class GradientController(Controller):
     """A controller that scales gradients as they stand when the update is called.
 
-    Its input is the gradients, at every update, whatever chain of the lens it ends: the frames of that
-    chain are left aside, and with its subscription it ends. It acts on the device, without lag and without
+    Its input is the gradients of the layers that its chain selects, `lens.pipe(layers("features.*"), ...)`,
+    all of them without that, at every update: the frames of that chain are left aside, and with its
+    subscription it ends. It acts on the device, without lag and without
     waiting for it; what `weight_gradients` shows is what remains after it. Under a closure it acts when
     the first evaluation in a step has returned. An update that a GradScaler skips is none.
 
@@ -55,7 +57,7 @@ class GradientController(Controller):
         TypeError: `optimizer` is none.
     """
 
-    __slots__ = ("_optimizer", "_record")
+    __slots__ = ("_chosen", "_optimizer", "_record")
 
     takes_frames: ClassVar[bool] = False
     needs_finite: ClassVar[bool] = False
@@ -65,6 +67,7 @@ class GradientController(Controller):
         check_optimizer(self.name, optimizer)
         self._optimizer = optimizer
         self._record: Frame | None = None
+        self._chosen: tuple[ModelIndex, frozenset[str] | None] | None = None
 
     @abstractmethod
     def scales(self, gradients: Mapping[str, Tensor], optimizer: Optimizer) -> Mapping[str, Tensor]:
@@ -130,7 +133,8 @@ class GradientController(Controller):
                 "lens that observe(model) returned in it"
             )
         own = None if self._optimizer is None else _owned(self._optimizer)
-        entries = [e for e in engine.index.entries if own is None or id(e.parameter) in own]
+        self._chosen = None
+        entries = self._selected(e for e in engine.index.entries if own is None or id(e.parameter) in own)
         if objection := self._objection(entries):
             raise StreamlensError(objection)
         self.claim("gradients", self._optimizer)
@@ -142,6 +146,16 @@ class GradientController(Controller):
                 acting.remove(self._intervene)
 
         self.hold(Disposable(remove))
+
+    def _selected(self, entries: Iterable[ParameterEntry]) -> list[ParameterEntry]:
+        """Those parameters that are of layers which its chain selects."""
+        assert self.engine is not None
+        index, spec = self.engine.index, topic_spec("parameters")
+        assert spec is not None
+        if self._chosen is None or self._chosen[0] is not index:
+            self._chosen = index, index.resolve(spec, self._links.selectors)
+        names = self._chosen[1]
+        return [entry for entry in entries if names is None or entry.name in names]
 
     def _objection(self, entries: Sequence[ParameterEntry]) -> str | None:
         """Why it cannot act on the gradients of some parameters: their norms are those of whole tensors."""
@@ -163,10 +177,11 @@ class GradientController(Controller):
                 f"{type(optimizer).__name__} owns copies of the parameters, whose gradients are not known: "
                 "observe(model, owners={name: tensor}) says which tensor stands for which parameter"
             )
-        elif not self.standing_back and (objection := self._objection(entries)):
+        selected = self._selected(entries)
+        if not self.standing_back and (objection := self._objection(selected)):
             # Sharded since the subscription.
             self.stand_back(objection)
-        gradients = {e.name: g.detach() for e in entries if (g := e.gradient) is not None}
+        gradients = {e.name: g.detach() for e in selected if (g := e.gradient) is not None}
         factors: Mapping[str, Tensor] = {}
         with torch.no_grad():
             if gradients and not self.standing_back:

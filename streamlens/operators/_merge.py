@@ -62,4 +62,5 @@ def merged(
         kind=kinds.pop() if len(kinds) == 1 else None,
         foreign=any(stream.foreign for stream in wiring.inputs),
         raw=all(stream.raw for stream in wiring.inputs),
+        selectors=front.selectors,
     )

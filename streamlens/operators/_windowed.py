@@ -82,6 +82,7 @@ class Windowed(Stream):
             kind=stream.kind,
             foreign=stream.foreign,
             raw=stream.raw,
+            selectors=stream.selectors,
         )
         windowed.windows = windows
         return windowed

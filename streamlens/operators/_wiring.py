@@ -135,6 +135,8 @@ class Wiring:
             lens=first.lens,
             kind=kind,
             foreign=any(s.foreign for s in self.inputs),
+            # A join has the layers that all inputs have.
+            selectors=tuple(dict.fromkeys(selector for s in self.inputs for selector in s.selectors)),
         )
         windows = [s.windows if isinstance(s, Windowed) else None for s in self.inputs]
         if windows[0] is not None and all(w == windows[0] for w in windows):

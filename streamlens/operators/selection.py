@@ -95,8 +95,9 @@ def layers(*which: str | type[nn.Module], depth: int | None = None) -> Operator:
             module = modules.get(module_name)
             return module is not None and selector.matches_module(module_name, module)
 
-        pick = LayerPick(selected)
-        return frame_operator(stream, pick, plan)
+        chosen = frame_operator(stream, LayerPick(selected), plan)
+        chosen.selectors = (*stream.selectors, selector)
+        return chosen
 
     return apply
 

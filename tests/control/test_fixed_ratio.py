@@ -235,7 +235,7 @@ def test_any_other_optimizer_is_an_error_that_names_the_way_out(
     make: Callable[[Any], Optimizer], complaint: str
 ) -> None:
     way_out = rf"{complaint}: RatioLR\(per_layer=True\) scales the steps of any optimizer"
-    model, alone = small_model(), small_model()
+    model = small_model()
     optimizer = make(model.parameters())
     with pytest.raises(ValueError, match=way_out):
         FixedRatio(optimizer=optimizer)
@@ -244,18 +244,43 @@ def test_any_other_optimizer_is_an_error_that_names_the_way_out(
         pytest.raises(sl.StreamlensError, match=way_out),
     ):
         lens.pipe(sl.uw_ratio()).subscribe(FixedRatio())
-    # Where the optimizer is not known at subscribe, the first update tells, and stays as it is.
+    # It need not have been named to anybody.
+    with sl.observe(model, start=0) as lens, pytest.raises(sl.StreamlensError, match=way_out) as refusal:
+        lens.pipe(sl.uw_ratio()).subscribe(FixedRatio())
+    assert "name it: FixedRatio(optimizer=...)" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("make", "complaint"), OTHERS)
+def test_one_that_is_made_after_subscribing_is_reported_at_its_first_update_and_left_alone(
+    make: Callable[[Any], Optimizer], complaint: str
+) -> None:
+    model, alone = small_model(), small_model()
     reports: list[str] = []
-    with sl.observe(model, start=0) as lens:
+    with sl.observe(model) as lens:
         lens.errors.subscribe(lambda report: reports.append(str(report)))
         controller = FixedRatio()
         lens.pipe(sl.uw_ratio()).subscribe(controller)
-        list(steps_of(model, optimizer, 3))
+        list(steps_of(model, make(model.parameters()), 3))
     assert len(reports) == 1
     assert "RatioLR(per_layer=True) scales" in reports[0]
     assert controller.standing_back
     list(steps_of(alone, make(alone.parameters()), 3))
     assert all(map(torch.equal, model.parameters(), alone.parameters()))
+
+
+def test_an_optimizer_that_lies_about_is_no_objection_to_one_that_will_do() -> None:
+    model = small_model()
+    other = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ratios: list[float] = []
+    with sl.observe(model, on_error="raise") as lens:
+        optimizer = SGD(model.parameters(), lr=0.1)
+        subscription = lens.pipe(sl.uw_ratio()).subscribe(FixedRatio(0.05))
+        subscription.dispose()
+        lens.pipe(sl.uw_ratio()).subscribe(FixedRatio(0.05, optimizer=optimizer))
+        lens.pipe(sl.uw_ratio()).subscribe(lambda frame: ratios.extend(frame.values.tolist()))
+        list(steps_of(model, optimizer, 1))
+    assert ratios == pytest.approx([0.05, 0.05], rel=1e-3)
+    assert not other.state
 
 
 @pytest.mark.parametrize(

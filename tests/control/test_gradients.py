@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reactivex import operators as rx
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,6 +17,11 @@ import streamlens as sl
 from streamlens import control
 from streamlens.control._attachment import ControllerAttachment
 from tests._runs import small_model, steps_of
+from tests.control._steps import one_step
+
+
+class Head(nn.Linear):
+    """A module to be told by its class."""
 
 
 @pytest.mark.parametrize(
@@ -112,6 +119,67 @@ def test_it_acts_at_every_update_whatever_the_cadence_of_its_chain_and_no_more_o
         subscription.dispose()
         list(steps_of(model, optimizer, 3))
         assert int(controller.histories["0.weight"]["count"]) == 3
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (sl.layers("2"), sl.norm("weight_gradients")),
+        (sl.norm("weight_gradients"), sl.ema(0.5), sl.layers("2")),
+        (sl.layers("2"), sl.uw_ratio()),
+        (sl.uw_ratio(), sl.layers("2"), rx.map(lambda frame: frame)),
+        (sl.layers(Head), sl.norm("weights"), sl.window(2), sl.every(3)),
+        (sl.layers("*.*"), sl.layers("2.*"), sl.norm("parameters")),
+    ],
+)
+def test_layers_that_the_chain_does_not_select_neither_count_nor_change(chain: tuple[Any, ...]) -> None:
+    alone, watched = (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Head(5, 3)) for _ in range(2))
+    watched.load_state_dict(alone.state_dict())
+    norms: list[float] = []
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+
+    def clip_by_hand() -> None:
+        head = [p.grad for p in alone[2].parameters() if p.grad is not None]
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in head)))
+        limit = float(np.percentile(norms, 20))
+        for gradient in head:
+            gradient.mul_(min(limit / norms[-1], 1.0))
+
+    for seed in range(5):
+        one_step(alone, optimizer, seed, clip_by_hand)
+    assert norms[-1] != pytest.approx(float(np.percentile(norms, 20)))
+    other = torch.optim.SGD(watched.parameters(), lr=0.1)
+    with sl.observe(watched, on_error="raise") as lens:
+        lens.pipe(*chain).subscribe(control.ClipAt(20))
+        for seed in range(5):
+            one_step(watched, other, seed)
+    for mine, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_of_layers_that_are_selected_the_ratio_is_fixed_and_of_others_it_is_what_it_was() -> None:
+    model = small_model()
+    ratios: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sl.observe(model, on_error="raise") as lens:
+        lens.pipe(sl.layers("0"), sl.uw_ratio()).subscribe(control.FixedRatio(0.01))
+        lens.pipe(sl.uw_ratio()).subscribe(lambda frame: ratios.update(frame.to_dict()))
+        list(steps_of(model, optimizer, 1))
+    alone = small_model()
+    with sl.observe(alone) as lens:
+        lens.pipe(sl.uw_ratio()).subscribe(lambda frame: plain.update(frame.to_dict()))
+        list(steps_of(alone, torch.optim.SGD(alone.parameters(), lr=0.1), 1))
+    assert ratios == {"0": pytest.approx(0.01, rel=1e-3), "2": plain["2"]}
+    assert plain["0"] != pytest.approx(0.01, rel=0.1)
+
+
+def test_a_chain_of_layers_that_are_no_parameters_is_refused() -> None:
+    model = small_model()
+    with sl.observe(model) as lens:
+        groups = lens.pipe(sl.norm("weights"), sl.across_layers("mean"), sl.layers("nothing"))
+        with pytest.raises(sl.StreamlensError, match="no layer matches 'nothing'"):
+            groups.subscribe(control.ClipAt())
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e18, 1e30])
