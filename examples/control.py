@@ -69,7 +69,11 @@ def figure(runs: pd.DataFrame) -> alt.HConcatChart:
         .mark_line(strokeWidth=1.5)
         .encode(y=alt.Y("smoothed:Q", title=None, scale=log), **shared)
     )
-    target = alt.Chart(pd.DataFrame({"target": [TARGET]})).mark_rule(strokeWidth=2).encode(y="target:Q")
+    where = alt.Chart(pd.DataFrame({"target": [TARGET], "label": [f"target {TARGET:g}"]})).encode(
+        y="target:Q"
+    )
+    label = where.mark_text(align="right", baseline="bottom", dy=-3, fontWeight="bold")
+    target = where.mark_rule(strokeWidth=2) + label.encode(x=alt.value("width"), text="label:N")
     rates = (
         alt.Chart(runs, title="learning rate", width=420, height=300)
         .mark_line(strokeWidth=1.5)
