@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner, Result
 
 from streamlens.lab.commands import app
-from streamlens.lab.data import DATASETS
+from streamlens.lab.data import DATASETS, load_dataset, make_loader, whiten
 from streamlens.lab.initialisation import INITIALISATIONS
 from streamlens.lab.models import MODELS
 from streamlens.lab.optimizers import OPTIMIZERS, SCHEDULES
@@ -218,6 +218,22 @@ def test_images_too_small_for_the_model_are_an_error_before_training(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_whitened_images_are_what_is_trained_on(tmp_path: Path) -> None:
+    losses = []
+    for options in ((), ("--whiten",)):
+        out = tmp_path / str(len(options))
+        assert train(*SHORT, "--image-size", "8", *options, "-v", "none", "--out", out).exit_code == 0
+        with read_run(out / "run.db") as run:
+            assert run.metadata["whitened"] == bool(options)
+            losses.append(run.dataframe("loss")["value"].iloc[0])
+    torch.manual_seed(0)
+    data = whiten(load_dataset("digits", image_size=8))
+    model = MODELS["FullyConnected"](channels=3, image_size=8, classes=10)
+    images, labels = next(iter(make_loader(data.train, batch_size=600, seed=0)))
+    assert losses[1] == pytest.approx(torch.nn.functional.cross_entropy(model(images), labels).item())
+    assert losses[0] != losses[1]
+
+
 def test_the_ratio_schedule_is_told_its_target_and_its_actions_are_recorded(tmp_path: Path) -> None:
     options = ("-o", "sgd", "--schedule", "ratio", "--target", "0.004", "--ratio-mode", "current")
     assert train(*options, "--out", tmp_path).exit_code == 0
@@ -321,7 +337,7 @@ def test_every_option_has_help_and_a_default() -> None:
         "-l, --learning-rate", "-s, --subsample", "--depth", "-v, --visualisation", "-V, --verbose",
         "--ratio", "--norm", "--variance", "--train-accuracy", "--test-accuracy", "--schedule", "--target",
         "--ratio-mode", "--seed", "--threads", "--out", "--init",
-        "--data-dir", "--download", "--image-size",
+        "--data-dir", "--download", "--image-size", "--whiten",
     ):  # fmt: skip
         entry = re.search(rf"^  {flag}\b(.+?)(?=^  -|\Z)", text, flags=re.MULTILINE | re.DOTALL)
         assert entry, flag

@@ -39,15 +39,18 @@ def known(kind: str, module: str, names: str) -> Callable[[str], str]:
     return check
 
 
-def loaded(dataset: str, data_dir: Path | None, download: bool, image_size: int | None) -> ImageDataset:
+def loaded(
+    dataset: str, data_dir: Path | None, download: bool, image_size: int | None, *, whitened: bool = False
+) -> ImageDataset:
     """A data set, or an error of `--dataset` that says what is missing."""
     from streamlens.errors import DatasetError
-    from streamlens.lab.data import load_dataset
+    from streamlens.lab.data import load_dataset, whiten
 
     try:
-        return load_dataset(dataset, data_dir=data_dir, download=download, image_size=image_size)
+        data = load_dataset(dataset, data_dir=data_dir, download=download, image_size=image_size)
     except DatasetError as error:
         raise typer.BadParameter(str(error), param_hint="'--dataset'") from None
+    return whiten(data) if whitened else data
 
 
 def built(model: str, data: ImageDataset, init: str) -> nn.Module:

@@ -118,6 +118,14 @@ def train(
             show_default="its own; digits: 32",
         ),
     ] = None,
+    whiten: Annotated[
+        bool,
+        typer.Option(
+            "--whiten",
+            help="Whiten the images (ZCA): pixels become uncorrelated. Slow for large ones.",
+            show_default="off",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Examples an update.", min=1)] = 128,
     epochs: Annotated[
         int, typer.Option("--epochs", "-e", help="Passes through the training set.", min=1)
@@ -292,7 +300,7 @@ def train(
     ]
     seed_everything(seed)
     torch.set_num_threads(threads)
-    data = loaded(dataset, data_dir, download, image_size)
+    data = loaded(dataset, data_dir, download, image_size, whitened=whiten)
     trainer = Trainer(
         built(model, data, init),
         data,
@@ -305,7 +313,12 @@ def train(
         batch_size=batch_size,
         seed=seed,
         measure=measure,
-        metadata={**_told(subsample, threads, health), "init": init, "image_size": data.image_size},
+        metadata={
+            **_told(subsample, threads, health),
+            "init": init,
+            "image_size": data.image_size,
+            "whitened": whiten,
+        },
     )
     try:
         texts = [*(["hessian_eigenvalues"] if hessian else []), *(metric or [])]

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import TensorDataset
 
 import streamlens as sl
 from streamlens.lab._registry import lookup
 from streamlens.lab.data import ImageDataset, make_loader
-from streamlens.lab.optimizers import SCHEDULES, make_optimizer, make_schedule
+from streamlens.lab.optimizers import make_optimizer, make_schedule
 from streamlens.operators._model import evaluating, undisturbed
 
 __all__ = ["EpochResult", "Trainer"]
@@ -44,15 +45,16 @@ class Trainer:
     """Trains a classifier on a data set with cross-entropy; its lens shows the run as streams.
 
     Subscribe to `trainer.lens` what you want to see, then call `fit()`. The accuracies measured go
-    to the lens as the topics `train_accuracy` and `test_accuracy`, once an epoch.
+    to the lens as the topics `train_accuracy` and `test_accuracy`, once an epoch; `trainer.measured` names
+    those that do.
 
     Args:
         model: The network; images are moved to where its parameters are.
         data: What to learn.
         optimizer: One of `OPTIMIZERS` by name, or an optimizer over the model's parameters.
         learning_rate: For an optimizer given by name.
-        schedule: One of `SCHEDULES`, stepped once an epoch. With `"ratio"` a `RatioLR` sets the rate
-            after every update.
+        schedule: One of `SCHEDULES`, or a scheduler of the optimizer; stepped once an epoch. With
+            `"ratio"` a `RatioLR` sets the rate after every update.
         target: The update-to-weight ratio that `"ratio"` aims at.
         ratio_mode: Its law, `"base"` or `"current"`.
         epochs: How many times to go through the training set.
@@ -72,7 +74,7 @@ class Trainer:
         *,
         optimizer: str | torch.optim.Optimizer = "Adam",
         learning_rate: float = 3e-3,
-        schedule: str = "constant",
+        schedule: str | LRScheduler = "constant",
         target: float = 1e-3,
         ratio_mode: Literal["base", "current"] = "base",
         epochs: int = 10,
@@ -83,6 +85,7 @@ class Trainer:
     ) -> None:
         splits = {"train_accuracy": data.train, "test_accuracy": data.test}
         self._measured = dict(lookup("measure", topic, splits) for topic in measure)
+        self.measured = tuple(self._measured)
         if epochs < 1:
             raise ValueError(f"training takes at least 1 epoch, got {epochs}")
         self.model = model
@@ -93,15 +96,16 @@ class Trainer:
         if isinstance(optimizer, str):
             optimizer = make_optimizer(optimizer, model.parameters(), learning_rate)
         self.optimizer = optimizer
-        self.schedule = make_schedule(schedule, optimizer)
-        ratio = lookup("schedule", schedule, dict.fromkeys(SCHEDULES))[0] == "ratio"
+        self.schedule = make_schedule(schedule, optimizer) if isinstance(schedule, str) else schedule
+        scheduled = schedule.lower() if isinstance(schedule, str) else type(schedule).__name__
+        ratio = scheduled == "ratio"
         controller = sl.control.RatioLR(optimizer, target=target, mode=ratio_mode) if ratio else None
         known = {
             "model": type(model).__name__,
             "dataset": data.name,
             "optimizer": type(optimizer).__name__,
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "schedule": schedule,
+            "schedule": scheduled,
             "epochs": epochs,
             "batch_size": batch_size,
             "seed": seed,

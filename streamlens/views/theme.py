@@ -12,7 +12,7 @@ import altair as alt
 
 __all__ = ["ALERT", "NOT_FINITE", "Mode", "themed", "vega_config"]
 
-_Chart = TypeVar("_Chart", alt.Chart, alt.LayerChart, alt.VConcatChart, alt.HConcatChart)
+_Chart = TypeVar("_Chart", bound=alt.TopLevelMixin)
 
 Mode = Literal["light", "dark"]
 

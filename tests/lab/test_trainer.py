@@ -191,3 +191,13 @@ def test_a_text_is_trained_on_as_images_are_and_every_token_counts() -> None:
 
 def test_the_trainer_is_small_enough_to_be_read_at_once() -> None:
     assert len(inspect.getsource(Trainer).splitlines()) < 150
+
+
+def test_a_scheduler_of_the_optimizer_is_stepped_once_an_epoch() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    watched = trainer(model, small_data(), optimizer=optimizer, schedule=schedule, epochs=3)
+    watched.fit()
+    watched.lens.close()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)

@@ -1,0 +1,37 @@
+"""Each experiment runs in its smoke version, from the first run to the last figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from examples import ratio_schedule
+from streamlens.lab.experiments import Experiment
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+EXPERIMENTS: list[Experiment] = [ratio_schedule.experiment]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_the_smoke_version_leaves_answers_tables_and_figures(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = experiment.main(["--smoke", "--jobs", "1", "--out", str(tmp_path)])
+    out = tmp_path / "smoke" / experiment.name
+    assert findings.answers
+    assert capsys.readouterr().out.splitlines() == [f"- {answer}" for answer in findings.answers]
+    assert findings.figures
+    for name in findings.figures:
+        assert (out / f"{name}.svg").read_text().startswith("<svg")
+        assert "vega" in (out / f"{name}.html").read_text()
+    for name, table in findings.tables.items():
+        assert len(pd.read_csv(out / f"table-{name}.csv")) == len(table) > 0
+    assert len(pd.read_csv(out / "test_accuracy.csv")) > 0
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_a_script_is_called_as_its_experiment_and_fits_on_a_page(experiment: Experiment) -> None:
+    assert len((EXAMPLES / f"{experiment.name}.py").read_text().splitlines()) < 150
