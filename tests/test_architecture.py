@@ -180,6 +180,8 @@ def test_importing_streamlens_needs_no_optional_package() -> None:
         "pytorch_lightning",
         "transformers",
         "accelerate",
+        "starlette",
+        "uvicorn",
     )
     code = f"""
 import sys

@@ -13,6 +13,7 @@ import typer
 from streamlens.lab.choices import built, known, loaded, positive
 from streamlens.lab.plugin_command import list_plugins
 from streamlens.lab.run_commands import export, runs
+from streamlens.lab.ui_command import ui
 
 __all__ = ["app"]
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(runs, name="runs")
 app.command()(export)
 app.command("plugins")(list_plugins)
+app.command("ui")(ui)
 
 
 class Visualisation(enum.StrEnum):

@@ -16,7 +16,7 @@ from streamlens.views.theme import ALERT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PREFIX", "RULES", "Alert", "alert_list", "alerts", "no_alerts", "rules_of", "with_marks"]
+__all__ = ["PREFIX", "RULES", "Alert", "alert_list", "alerts", "no_alerts", "quiet", "rules_of", "with_marks"]
 
 RULES: Final = "alert_rules"
 """The entry of a run's metadata that names the alert rules which were on, with commas in between."""
@@ -149,11 +149,22 @@ def no_alerts(rules: str, steps: int) -> str:
         rules: The rules, as the run's metadata name them.
         steps: The steps of the run.
     """
-    named = html.escape(rules.replace("_", " "))
     return (
         '<section class="card alerts">\n<h3>Alerts</h3>\n'
-        f"<p>No alert in {steps:,} step{'s' * (steps != 1)}. Rules asked for: {named}; those for which "
-        "the run has nothing to look at were left out.</p>\n</section>"
+        f"<p>{html.escape(quiet(rules, steps))}</p>\n</section>"
+    )
+
+
+def quiet(rules: str, steps: int) -> str:
+    """What to say of a run in which rules found nothing.
+
+    Args:
+        rules: The rules, as the run's metadata name them.
+        steps: The steps of the run.
+    """
+    return (
+        f"No alert in {steps:,} step{'s' * (steps != 1)}. Rules asked for: {rules.replace('_', ' ')}; those "
+        "for which the run has nothing to look at were left out."
     )
 
 

@@ -1,0 +1,1 @@
+"""The live page over run stores: `streamlens ui`. Needs `pip install "streamlens[ui]"`."""
