@@ -387,6 +387,8 @@ class Frame(_Fields):
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A host array of a tensor; bf16 and other types that NumPy lacks become float32."""
+    if type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous():
+        return cast("np.ndarray[Any, Any]", tensor.detach().resolve_neg().numpy())
     tensor = tensor.detach()
     if tensor.is_sparse:
         tensor = tensor.to_dense()

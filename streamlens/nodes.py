@@ -6,7 +6,7 @@ state; both keep failures to the frame that caused them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -36,6 +36,8 @@ class Node:
     plan: str = ""
     skipped: int = 0
     running: bool = False
+    held: Sized | None = None
+    """What marks are for, if they are for what is held alone: while it is empty none are given."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def stateful(
         )
         if marks and stream.lens is not None:
             # After subscribing upstream: marks reach upstream operators first.
-            group.add(runtime.on_mark(partial(run, node.on_mark)))
+            group.add(runtime.on_mark(partial(run, node.on_mark), node.held))
         group.add(Disposable(lambda: setattr(node, "running", False)))
         return group
 
@@ -197,8 +199,10 @@ def average_micro_steps(stream: Stream) -> Stream:
 class _StepMean(Node):
     """Sums the micro-step frames of the open step; gives their mean at its update."""
 
+    _pending: dict[tuple[str, str], _Sums]
+
     def __init__(self) -> None:
-        self._pending: dict[tuple[str, str], _Sums] = {}
+        self.held = self._pending = {}
 
     def on_frame(self, frame: Frame) -> Emitted:
         if frame.kind is not Kind.MICRO_STEP:
@@ -231,7 +235,8 @@ class _StepMean(Node):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = [_Sums.from_state(saved) for saved in state.get("pending", ())]
-        self._pending = {(sums.last.source, sums.last.topic): sums for sums in pending}
+        self._pending.clear()
+        self._pending.update({(sums.last.source, sums.last.topic): sums for sums in pending})
 
 
 class _Sums:

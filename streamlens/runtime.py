@@ -13,7 +13,7 @@ import time
 import uuid
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from reactivex.abc import DisposableBase
@@ -56,7 +56,7 @@ class Runtime:
         self.run_id = uuid.uuid4().hex
         self.resumed_at: int | None = None
         self.resumption = ""
-        self._marks: list[Callable[[Mark], None]] = []
+        self._marks: list[tuple[Callable[[Mark], None], Sized | None]] = []
         self._queue: deque[Callable[[], object]] = deque()
         self._draining = False
         self._leases: list[Lease] = []
@@ -155,13 +155,14 @@ class Runtime:
 
     # -- marks -------------------------------------------------------------------------------
 
-    def on_mark(self, fn: Callable[[Mark], None]) -> DisposableBase:
-        """Call `fn` with every mark, in order with the frames."""
-        self._marks.append(fn)
+    def on_mark(self, fn: Callable[[Mark], None], held: Sized | None = None) -> DisposableBase:
+        """Call `fn` with every mark, in order with the frames; with `held`, while it is not empty."""
+        entry = (fn, held)
+        self._marks.append(entry)
 
         def remove() -> None:
             with contextlib.suppress(ValueError):
-                self._marks.remove(fn)
+                self._marks.remove(entry)
 
         return Disposable(remove)
 
@@ -172,11 +173,9 @@ class Runtime:
 
     def mark(self, mark: Mark) -> None:
         """Announce a mark to the operators that asked for marks."""
-        for fn in tuple(self._marks):
-            try:
-                fn(mark)
-            except Exception as error:
-                self.report(error, f"the mark {mark.kind.value!r}")
+        for fn, held in tuple(self._marks):
+            if held is None or held:
+                self.attempt(f"the mark {mark.kind.value!r}", fn, mark)
 
     # -- errors ------------------------------------------------------------------------------
 

@@ -283,7 +283,7 @@ class Engine(Source):
         counted = self.clock.counted
         closed = self.clock.close_step()
         self.post_mark(Mark(MarkKind.CLOSED, closed, self.clock.epoch))
-        if any(d.view.stop == self.clock.step for d in self.demands):
+        if self.clock.step in self._schedule.ends:
             # What has come to its end needs no hooks any more, nor copies.
             self.demands_changed()
         if counted:

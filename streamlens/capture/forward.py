@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from streamlens.capture.batch import note_part, reduced_frame
 from streamlens.capture.exchange import Partial
 from streamlens.capture.hooks import first_tensor
-from streamlens.capture.interned import Interned
+from streamlens.capture.interned import InModelOrder, Interned
 from streamlens.capture.module_hooks import ModuleHooks
 from streamlens.capture.pass_hooks import AccumulateHook, GradientHook
 from streamlens.capture.pass_plan import PASS_TOPICS, PassOutput, PassPlan, compile_pass, layers_by_topic
@@ -69,6 +69,7 @@ class ForwardCapture:
         self._sides: dict[str, _Side] = {}
         self._overwritten: set[str] = set()
         self._interned = Interned()
+        self._ordered = InModelOrder()
         self._repeated: dict[str, int] = {}
         self._remarkable: dict[tuple[str, Reduction, frozenset[str] | None], int] = {}
         self.plan: PassPlan | None = None
@@ -82,6 +83,7 @@ class ForwardCapture:
     def reset(self) -> None:
         """Forget every plan, because demands or the model changed; the open pass keeps its own."""
         self._plans.clear()
+        self._ordered.clear()
         self._remarkable.clear()
 
     def begin_pass(self, due: Sequence[Demand]) -> None:
@@ -386,14 +388,7 @@ class ForwardCapture:
     # -- helpers -----------------------------------------------------------------------------
 
     def _in_order(self, keys: Iterable[str]) -> tuple[str, ...]:
-        order = self._engine.index.order
-        last = len(order)
-
-        def place(key: str) -> tuple[int, int]:
-            name, _, call = key.partition("@")
-            return order.get(name, last), int(call or 0)
-
-        return self._interned(sorted(keys, key=place))
+        return self._ordered(keys, self._engine.index.order)
 
     def _layer_error(self, key: Hashable, error: Exception) -> None:
         self._engine.report(error, f"layer {key!r}")

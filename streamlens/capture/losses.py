@@ -185,7 +185,9 @@ class LossCapture:
 
     def _emit(self, values: Mapping[str, Tensor], demands: list[Demand], micro_step: int) -> None:
         single = len(values) == 1 and len(self._watched) <= 1
-        stacked = torch.stack(list(values.values()))
+        numbers = list(values.values())
+        # Each is a copy of its own already.
+        stacked = numbers[0].reshape(1) if len(numbers) == 1 else torch.stack(numbers)
         frame = self._engine.frame(
             "loss",
             ("",),

@@ -48,8 +48,11 @@ class ModuleHook(Hook):
         if torch.compiler.is_compiling():
             trace_output(self.output, self.gradient, output)
             return
-        if self.engine.passes.in_forward and not self.engine.passes.elsewhere():
-            self.engine.guard(self.engine.forward.output_of, self.name, output)
+        forward, passes = self.engine.forward, self.engine.passes
+        # What is wanted at other steps only has its hook all the time.
+        wanted = forward.plan is not None and self.name in forward.plan.taken
+        if wanted and passes.in_forward and not passes.elsewhere():
+            self.engine.guard(forward.output_of, self.name, output)
 
 
 class PartBegins(Hook):

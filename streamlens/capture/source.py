@@ -15,6 +15,7 @@ from reactivex.abc import DisposableBase
 from reactivex.disposable import Disposable
 from torch import Tensor
 
+from streamlens.capture.due import Schedule
 from streamlens.capture.emitted import emitted
 from streamlens.capture.exchange import Alone, Exchange
 from streamlens.capture.provider import Provider
@@ -73,8 +74,7 @@ class Source(Provider):
         self.inherited = False
         self._due: tuple[Demand, ...] = ()
         self._due_step = -1
-        # Whether every demand is due from now on at every step.
-        self._steady = False
+        self._schedule = Schedule()
 
     @contextlib.contextmanager
     def silenced(self) -> Iterator[None]:
@@ -176,17 +176,10 @@ class Source(Provider):
     def due_now(self) -> tuple[Demand, ...]:
         """The demands that want frames of the open step."""
         step = self.clock.step
-        if step == self._due_step or (self._steady and self._due_step >= 0):
+        if step != self._due_step:
             self._due_step = step
-            return self._due
-        self._due_step = step
-        admits = self.exchange.admits
-        due = tuple([d for d in self.demands if d.view.due(step) and admits(d.view)])
-        # The same demands give the same tuple, which is what plans are kept under.
-        self._due = due if due != self._due else self._due
-        self._steady = isinstance(self.exchange, Alone) and all(
-            d.view.every == 1 and d.view.start <= step and d.view.stop is None for d in self.demands
-        )
+            exchange, schedule = self.exchange, self._schedule
+            self._due = schedule.admitted(step, exchange.admits) if exchange.active else schedule.at(step)
         return self._due
 
     @property
@@ -199,7 +192,7 @@ class Source(Provider):
         live = self.live
         self.idle = not live
         self.topics = frozenset(t for d in live for t in d.view.topics)
-        self._due = ()
+        self._schedule = Schedule(self.demands)
         self._due_step = -1
 
     # -- emitting ----------------------------------------------------------------------------

@@ -191,7 +191,8 @@ class Table:
                 self.put(key, needs.statistics, row, tensor)
         except Exception as error:
             on_error(key, error)
-        self.apply(key, tensor, needs.others, on_error)
+        if needs.others:
+            self.apply(key, tensor, needs.others, on_error)
 
     def measure_many(self, keys: Keys, tensors: Sequence[Tensor], needs: Needs, on_error: OnError) -> None:
         """The same for many layers: on a device in multi-tensor calls, else one after the other."""

@@ -8,7 +8,7 @@ import pickle
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from streamlens.frame import Frame
 
 __all__ = ["Ranks"]
+
+_AVAILABLE: Final = dist.is_available()
 
 
 def _nobody(frame: Frame) -> None:
@@ -78,7 +80,7 @@ class Ranks:
     def active(self) -> bool:
         """Whether several processes train together; known from when the process group is there."""
         if not self._ranks:
-            if not (dist.is_available() and dist.is_initialized()):
+            if not (_AVAILABLE and dist.is_initialized()):
                 return False
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._origins = Origins(self._rank, self._ranks)

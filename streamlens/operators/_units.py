@@ -25,12 +25,16 @@ def alive_units(outputs: Tensor, unit_dim: int | None = None) -> Tensor:
         outputs: The outputs of a batch.
         unit_dim: The dimension that counts the units; by the number of dimensions unless given.
     """
-    other = _strided(outputs) != 0
+    outputs = _strided(outputs)
     if outputs.ndim == 0:
-        return other.reshape(1)
+        return (outputs != 0).reshape(1)
     units = unit_dimension(outputs) if unit_dim is None else unit_dim % outputs.ndim
     others = [d for d in range(outputs.ndim) if d != units]
-    return other.any(dim=others) if others else other
+    if not others or not outputs.numel() or outputs.is_complex():
+        return (outputs != 0).any(dim=others) if others else outputs != 0
+    # A unit is zero throughout where its greatest and its least output are: no mask of all outputs is made,
+    # which takes five times as long and more.
+    return (outputs.amax(dim=others) != 0) | (outputs.amin(dim=others) != 0)
 
 
 @dataclass(frozen=True)

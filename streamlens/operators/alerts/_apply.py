@@ -45,13 +45,20 @@ def alerts_of(
         if not rules:
             raise StreamlensError("; ".join(f"{name}() {why}" for name, why in left_out.items()))
         front = merged(source, streams)
+        gathers = True
     else:
+        gathers = False
         entries = {entry.key: entry for rule in rules for entry in rule.inputs()}
         ways: list[Operator] = [way for entry in entries.values() for way in plain_ways(entry)]
         front = merged(checked_source(source), ways)
     runtime = front.runtime
     return stateful(
-        front, lambda: RulesNode(runtime, rules, left_out), plan, marks=True, kind=Kind.EVENT, raw=False
+        front,
+        lambda: RulesNode(runtime, rules, left_out, gathers=gathers),
+        plan,
+        marks=True,
+        kind=Kind.EVENT,
+        raw=False,
     )
 
 
@@ -60,7 +67,7 @@ def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[
     asked: dict[Key, _Asked] = {}
     for rule in rules:
         for entry in rule.inputs():
-            asked.setdefault(entry.key, _Asked(entry)).add(rule, entry, lenient=lenient)
+            asked.setdefault(entry.asked, _Asked(entry)).add(rule, entry, lenient=lenient)
     found: dict[Key, list[Stream]] = {}
     for key, wish in asked.items():
         for every, between in wish.spans():
@@ -69,7 +76,7 @@ def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[
             if stream is not None:
                 found.setdefault(key, []).append(stream)
     left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens))}
-    kept = {entry.key for rule in rules if rule.name not in left_out for entry in rule.inputs()}
+    kept = {entry.asked for rule in rules if rule.name not in left_out for entry in rule.inputs()}
     return [stream for key, streams in found.items() if key in kept for stream in streams], left_out
 
 
@@ -107,7 +114,7 @@ class _Asked:
 def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
     """What a rule cannot do without and lacks; empty if nothing."""
     needed = [entry for entry in rule.inputs() if entry.needed]
-    missing = [entry for entry in needed if entry.key not in found]
+    missing = [entry for entry in needed if entry.asked not in found]
     if not missing or (rule.any_input and len(missing) < len(needed)):
         return ""
     what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)

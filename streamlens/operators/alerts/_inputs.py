@@ -61,6 +61,8 @@ class Input:
         build: Makes the operator that computes it from what a run emits; None for a user's own topic.
         parts: Two stored topics whose quotient it is, if it is one.
         micro_steps: Whether it comes once a micro-step and is to be averaged over the step.
+        gathered: Whether rules average it themselves where marks tell that a step is over, so that one
+            stream is enough for those that look at each micro-step and those that look at the mean.
         needed: Whether a rule cannot do without.
         remedy: What to do where a run lacks it.
     """
@@ -69,6 +71,7 @@ class Input:
     build: Build | None = None
     parts: tuple[str, str] | None = None
     micro_steps: bool = False
+    gathered: bool = False
     needed: bool = True
     remedy: str = ""
 
@@ -76,6 +79,11 @@ class Input:
     def key(self) -> Key:
         """What inputs that are one have in common."""
         return self.name, self.micro_steps
+
+    @property
+    def asked(self) -> Key:
+        """What inputs that are asked of a lens once have in common."""
+        return self.name, self.micro_steps and not self.gathered
 
 
 def chained(*operators: Operator) -> Operator:
@@ -110,6 +118,7 @@ LOSS: Final = Input(
     "loss",
     lambda: topic("loss"),
     micro_steps=True,
+    gathered=True,
     remedy="pass observe(model, loss=criterion), or write criterion = lens.watch_loss(function)",
 )
 EACH_LOSS: Final = Input("loss", LOSS.build, remedy=LOSS.remedy)
@@ -232,7 +241,7 @@ def found_on(lens: Lens, entry: Input, *, compute: bool = True) -> Stream | None
         except (UnknownTopicError, LayerNotFoundError, UnmergeableError):
             continue
         assert isinstance(stream, Stream)
-        return per_step()(stream) if entry.micro_steps else stream  # type: ignore[return-value]
+        return per_step()(stream) if entry.asked[1] else stream  # type: ignore[return-value]
     return None
 
 

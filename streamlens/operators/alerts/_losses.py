@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from statistics import median
 from typing import Any, Final
 
@@ -73,9 +73,10 @@ class LossTrack:
 class LossJudge(Judge):
     """Judges each loss that is watched by itself."""
 
-    def look(self, look: Look) -> Iterator[Verdict]:
+    def look(self, look: Look) -> list[Verdict]:
         """A verdict a loss."""
-        for name, loss in zip(look.components or ("",), look.values.ravel().tolist(), strict=False):
+        verdicts: list[Verdict] = []
+        for name, loss in zip(look.components or ("",), look.numbers, strict=False):
             found = self.judge(name, loss)
             if found is None:
                 continue
@@ -83,7 +84,8 @@ class LossJudge(Judge):
             if not (bad or math.isnan(value)) and self.calm(name):
                 # What every look of a healthy run comes to.
                 continue
-            yield Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name)
+            verdicts.append(Verdict(("",), np.array([value]), np.array([bad]), threshold, group=name))
+        return verdicts
 
     def judge(self, name: str, loss: float) -> tuple[float, bool, float] | None:
         """The value judged, whether it is bad, and the threshold; None if it is too early."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from streamlens.chain import Mark
+from streamlens.chain import Mark, MarkKind
 from streamlens.delivery.transfer import Burst, Ticket, on_host
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind, to_numpy
 from streamlens.nodes import Emitted, Node
+from streamlens.operators._base import frame_from_state, frame_state
 from streamlens.operators.alerts._hysteresis import Hysteresis
 from streamlens.operators.alerts._rule import Judge, Look, Pace, Rule, Verdict, cadence_at
 from streamlens.runtime import Runtime
@@ -36,8 +38,9 @@ class _Watch:
         hysteresis = self.groups.get(group)
         return hysteresis is not None and hysteresis.calm
 
-    def take(self, frame: Frame, look: Look, skip: Callable[[int], None]) -> Iterator[Frame]:
+    def take(self, frame: Frame, look: Look, skip: Callable[[int], None]) -> list[Frame]:
         """The alerts that a look starts and ends."""
+        alerts: list[Frame] = []
         for verdict in self.judge.look(look):
             known = ~np.isnan(verdict.values) if verdict.known is None else verdict.known
             unknown = len(known) - int(np.count_nonzero(known))
@@ -51,9 +54,10 @@ class _Watch:
                 continue
             starts, ends = hysteresis.look(verdict.layers, verdict.bad, known)
             if starts.any():
-                yield self._alert(frame, verdict, np.flatnonzero(starts).tolist(), "start")
+                alerts.append(self._alert(frame, verdict, np.flatnonzero(starts).tolist(), "start"))
             if ends.any():
-                yield self._alert(frame, verdict, np.flatnonzero(ends).tolist(), "end")
+                alerts.append(self._alert(frame, verdict, np.flatnonzero(ends).tolist(), "end"))
+        return alerts
 
     def _alert(self, frame: Frame, verdict: Verdict, index: list[int], state: str) -> Frame:
         rule = self.rule
@@ -108,6 +112,44 @@ class _Watch:
         self.since = {(group, layer): step for group, layer, step in state["since"]}
 
 
+class _Gathered:
+    """The looks at the micro-steps of one step, as their sum."""
+
+    def __init__(self, frame: Frame, look: Look) -> None:
+        self.frame = frame
+        self._last = look
+        self._total = look.values
+        self._looks = 1
+
+    def add(self, frame: Frame, look: Look) -> bool:
+        """Take in another micro-step; False if it is of another step, or of other losses."""
+        first = self._last
+        same = (frame.step, look.layers, look.components) == (first.step, first.layers, first.components)
+        if same:
+            self.frame, self._last = frame, look
+            self._total = self._total + look.values
+            self._looks += 1
+        return same
+
+    @property
+    def look(self) -> Look:
+        """Their mean."""
+        return self._last if self._looks == 1 else replace(self._last, values=self._total / self._looks)
+
+    def state_dict(self) -> dict[str, Any]:
+        values = torch.from_numpy(self._total / self._looks)
+        frame = self.frame.replace(values=values)
+        return {"frame": frame_state(frame), "looks": self._looks}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> _Gathered:
+        frame = frame_from_state(state["frame"])
+        values = to_numpy(cast("torch.Tensor", frame.values))
+        held = cls(frame, Look(frame.topic, frame.step, frame.layers, values, frame.components))
+        held._total, held._looks = values * state["looks"], state["looks"]
+        return held
+
+
 def _on(ranks: Sequence[int]) -> str:
     """Where it was, as a sentence ends."""
     if not ranks:
@@ -125,19 +167,25 @@ class RulesNode(Node):
         runtime: Where a failing rule is reported; the others go on.
         rules: The rules.
         left_out: Why rules were left out, for `explain()`.
+        gathers: Whether what comes once a micro-step has to be averaged over the step, which marks end.
     """
 
-    def __init__(self, runtime: Runtime, rules: Sequence[Rule], left_out: Mapping[str, str]) -> None:
+    def __init__(
+        self, runtime: Runtime, rules: Sequence[Rule], left_out: Mapping[str, str], *, gathers: bool = False
+    ) -> None:
         self._runtime = runtime
+        self._gathers = gathers
         self._rules = rules
         self._left_out = left_out
         self._routes: dict[str, list[tuple[int, Pace, bool]]] = {}
         for i, rule in enumerate(rules):
             for entry in rule.inputs():
                 self._routes.setdefault(entry.name, []).append((i, rule.pace(entry), entry.micro_steps))
+        self._averaged = frozenset(entry.name for rule in rules for entry in rule.inputs() if entry.gathered)
         self._watches: dict[str, list[_Watch]] = {}
         self._seen: dict[tuple[str, str, Kind], tuple[int, int, frozenset[str]]] = {}
-        self._arriving: deque[tuple[Burst, Ticket]] = deque()
+        self._gathered: dict[tuple[str, str], _Gathered] = {}
+        self._arriving: deque[tuple[Burst, Ticket] | Mark] = deque()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -169,8 +217,11 @@ class RulesNode(Node):
         return self._arrived()
 
     def on_mark(self, mark: Mark) -> Emitted:
-        """The alerts of what has arrived meanwhile."""
-        return self._arrived() if self._arriving else None
+        """The alerts of what has arrived meanwhile, and of means over a step that is over."""
+        if self._arriving:
+            self._arriving.append(mark)
+            return self._arrived()
+        return self._step_over(mark) if self._gathered else None
 
     def on_completed(self) -> Emitted:
         """The alerts of what is still on its way."""
@@ -178,8 +229,25 @@ class RulesNode(Node):
 
     def _arrived(self, *, wait: bool = False) -> list[Frame]:
         alerts: list[Frame] = []
-        while self._arriving and (wait or self._arriving[0][0].arrived):
-            alerts += self._judge(self._arriving.popleft()[1].take(), on_device=True)
+        while self._arriving:
+            first = self._arriving[0]
+            if isinstance(first, Mark):
+                alerts += self._step_over(first)
+            elif wait or first[0].arrived:
+                alerts += self._judge(first[1].take(), on_device=True)
+            else:
+                break
+            self._arriving.popleft()
+        return alerts
+
+    def _step_over(self, mark: Mark) -> list[Frame]:
+        """The alerts of what was gathered in the step that a mark ends."""
+        if mark.kind is MarkKind.EPOCH:
+            return []
+        alerts: list[Frame] = []
+        for key in [key for key, held in self._gathered.items() if held.frame.step <= mark.step]:
+            held = self._gathered.pop(key)
+            alerts += self._looked(held.frame, held.look, averaged=True)
         return alerts
 
     def _is_repeated(self, frame: Frame) -> bool:
@@ -197,15 +265,26 @@ class RulesNode(Node):
     def _judge(self, frame: Frame, *, on_device: bool = False) -> list[Frame]:
         values = to_numpy(cast("torch.Tensor", frame.values)).astype(np.float64)
         look = Look(frame.topic, frame.step, frame.layers, values, frame.components, on_device)
+        if frame.kind is not Kind.MICRO_STEP:
+            return self._looked(frame, look)
+        if self._gathers and frame.topic in self._averaged:
+            key = (frame.source, frame.topic)
+            held = self._gathered.get(key)
+            if held is None or not held.add(frame, look):
+                self._gathered[key] = _Gathered(frame, look)
+        # The mean over the step follows.
+        return self._looked(frame, look, averaged=False)
+
+    def _looked(self, frame: Frame, look: Look, *, averaged: bool | None = None) -> list[Frame]:
+        """The alerts of one look, by the rules that look at means, at what they are of, or at either."""
         watches = self._watches.get(frame.source)
         if watches is None:
             watches = self._watches[frame.source] = [_Watch(rule, self._runtime) for rule in self._rules]
         alerts: list[Frame] = []
-        for i, pace, averaged in self._routes[frame.topic]:
-            if frame.kind is not Kind.EVENT and frame.step % cadence_at(pace, frame.step):
+        for i, pace, mean in self._routes[frame.topic]:
+            if averaged is not None and mean is not averaged:
                 continue
-            if averaged and frame.kind is Kind.MICRO_STEP:
-                # Its mean over the step follows.
+            if frame.kind is not Kind.EVENT and frame.step % cadence_at(pace, frame.step):
                 continue
             watch = watches[i]
             try:
@@ -218,16 +297,19 @@ class RulesNode(Node):
         self.skipped += number
 
     def state_dict(self) -> dict[str, Any]:
-        """What each rule remembers of each model."""
+        """What each rule remembers of each model, and what the open step has given so far."""
         return {
             "sources": {
                 source: {watch.rule.name: watch.state_dict() for watch in watches}
                 for source, watches in self._watches.items()
-            }
+            },
+            "gathered": [held.state_dict() for held in self._gathered.values()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave; a rule that is new starts afresh."""
+        gathered = [_Gathered.from_state(saved) for saved in state.get("gathered", ())]
+        self._gathered = {(held.frame.source, held.frame.topic): held for held in gathered}
         self._watches = {}
         for source, saved in state["sources"].items():
             watches = self._watches[source] = [_Watch(rule, self._runtime) for rule in self._rules]

@@ -6,8 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias
 
+import numpy as np
 from reactivex import Observable
 
 from streamlens.frame import Frame
@@ -25,11 +27,14 @@ Severity: TypeAlias = Literal["info", "warning", "critical"]
 Pace: TypeAlias = tuple[tuple[int, int], ...]
 """Cadences, each with the step from which it holds; the first holds from 0 on."""
 
+_FEW: Final = 8
+"""Values of a look up to which they are gone through one by one."""
+
 _MOST_NAMED: Final = 4
 """Layers that a sentence names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Look:
     """One frame on the host, as a judge sees it.
 
@@ -48,6 +53,19 @@ class Look:
     values: Array
     components: tuple[str, ...] = ()
     on_device: bool = False
+
+    @cached_property
+    def numbers(self) -> list[float]:
+        """All values, as a list: of one or two, Python is done before NumPy has begun."""
+        numbers: list[float] = self.values.ravel().tolist()
+        return numbers
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values are finite."""
+        if self.values.size <= _FEW:
+            return all(map(math.isfinite, self.numbers))
+        return bool(np.isfinite(self.values).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -16,7 +16,7 @@ from streamlens.operators.alerts._rule import Judge, Look, Rule, Verdict, number
 __all__ = ["learning_rate_too_high", "learning_rate_too_low"]
 
 _ROUNDING: Final = 1e-6
-_LOSS: Final = Input("loss", LOSS.build, micro_steps=True, needed=False)
+_LOSS: Final = replace(LOSS, needed=False, remedy="")
 
 
 class _Progress(Judge):
@@ -28,7 +28,7 @@ class _Progress(Judge):
 
     def look(self, look: Look) -> Iterable[Verdict]:
         if look.topic == _LOSS.name:
-            loss = float(look.values.sum())
+            loss = sum(look.numbers)
             if math.isfinite(loss):
                 self._loss.take(loss)
             return []

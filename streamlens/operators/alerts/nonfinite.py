@@ -59,7 +59,7 @@ class _Nonfinite(Judge):
                 yield self._verdict(bad=False)
                 self._found = None
             self._step, self._in_step = look.step, False
-        if np.isfinite(look.values).all():
+        if look.finite:
             if phase == "forward":
                 self._doubtful = None
             return

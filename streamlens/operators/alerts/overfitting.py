@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ _REMEDY: Final = (
 )
 _VALIDATION: Final = Input("validation_loss", remedy=_REMEDY)
 _ACCURACY: Final = Input("test_accuracy")
-_LOSS: Final = Input("loss", LOSS.build, micro_steps=True, needed=False)
+_LOSS: Final = replace(LOSS, needed=False, remedy="")
 
 
 class _Overfitting(Judge):
@@ -35,7 +35,7 @@ class _Overfitting(Judge):
 
     def look(self, look: Look) -> Iterable[Verdict]:
         if look.topic == _LOSS.name:
-            loss = float(look.values.sum())
+            loss = sum(look.numbers)
             if math.isfinite(loss):
                 self._training.take(loss)
             return

@@ -136,9 +136,9 @@ def test_each_topic_and_reduction_is_captured_once_at_the_cadence_it_needs(net: 
     assert {(view.every, view.start, view.stop) for view in gradients} == {(1, 0, 10), (10, 10, None)}
     views = [(d.view.topics, d.view.reduction, d.view.every) for d in lens.engine.demands]
     several = {view for view in views if views.count(view) > 1}
-    # The ratio is a chain of its own, and shares its norms with the other rules in the engine; losses
-    # are looked at one by one, and as means over their step.
-    assert {topics for topics, _, _ in several} == {("weights",), ("weight_updates",), ("loss",)}
+    # The ratio is a chain of its own, and shares its norms with the other rules in the engine; of losses
+    # one stream is enough for those rules that look at each and those that look at the step's mean.
+    assert {topics for topics, _, _ in several} == {("weights",), ("weight_updates",)}
 
 
 def test_leaves_out_what_a_run_has_nothing_for_and_says_so_in_explain(net: tuple[Net, sl.Lens]) -> None:
