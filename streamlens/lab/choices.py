@@ -5,9 +5,10 @@ The lab is imported where it is needed, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import enum
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
 
     from streamlens.lab.data import ImageDataset
 
-__all__ = ["built", "known", "loaded", "positive"]
+__all__ = ["Visualisation", "built", "known", "loaded", "positive", "shown_as"]
+
+
+class Visualisation(enum.StrEnum):
+    """Where a run is shown while it trains, beside what it always leaves."""
+
+    TB = "tb"
+    CONSOLE = "console"
+    MPL = "mpl"
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    NONE = "none"
 
 
 def known(kind: str, module: str, names: str) -> Callable[[str], str]:
@@ -70,3 +83,19 @@ def positive(value: float) -> float:
     if not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not a finite number above 0")
     return value
+
+
+def shown_as(visualisation: Sequence[Visualisation]) -> list[str]:
+    """Each of them once.
+
+    Raises:
+        BadParameter: `none` beside others.
+    """
+    shown = list(dict.fromkeys(entry.value for entry in visualisation))
+    if "none" in shown and len(shown) > 1:
+        others = " and ".join(entry for entry in shown if entry != "none")
+        raise typer.BadParameter(
+            f"'none' leaves nothing for {others} to show: leave one of them out",
+            param_hint="'--visualisation' / '-v'",
+        )
+    return shown

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import enum
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from streamlens.lab.choices import built, known, loaded, positive
+from streamlens.lab.choices import Visualisation, built, known, loaded, positive, shown_as
 from streamlens.lab.plugin_command import list_plugins
+from streamlens.lab.replay_command import replay
 from streamlens.lab.run_commands import export, runs
 from streamlens.lab.ui_command import ui
 
@@ -28,20 +28,9 @@ app = typer.Typer(
 
 app.add_typer(runs, name="runs")
 app.command()(export)
+app.command()(replay)
 app.command("plugins")(list_plugins)
 app.command("ui")(ui)
-
-
-class Visualisation(enum.StrEnum):
-    """Where a run is shown while it trains, beside what it always leaves."""
-
-    TB = "tb"
-    CONSOLE = "console"
-    MPL = "mpl"
-    CSV = "csv"
-    JSONL = "jsonl"
-    PARQUET = "parquet"
-    NONE = "none"
 
 
 class RatioMode(enum.StrEnum):
@@ -294,7 +283,7 @@ def train(
     from streamlens.lab.session import Session
     from streamlens.lab.trainer import Trainer
 
-    shown = _shown(visualisation)
+    shown = shown_as(visualisation)
     measure = [
         topic
         for topic, wanted in (("train_accuracy", train_accuracy), ("test_accuracy", test_accuracy))
@@ -344,19 +333,3 @@ def train(
         raise typer.BadParameter(str(error), param_hint=f"'{wrong}'") from None
     session = Session(trainer, out or default_folder(model, dataset), show=shown, verbose=verbose)
     raise typer.Exit(session.run(streams))
-
-
-def _shown(visualisation: Sequence[Visualisation]) -> list[str]:
-    """Each of them once.
-
-    Raises:
-        BadParameter: `none` beside others.
-    """
-    shown = list(dict.fromkeys(entry.value for entry in visualisation))
-    if "none" in shown and len(shown) > 1:
-        others = " and ".join(entry for entry in shown if entry != "none")
-        raise typer.BadParameter(
-            f"'none' leaves nothing for {others} to show: leave one of them out",
-            param_hint="'--visualisation' / '-v'",
-        )
-    return shown

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import datetime
 import enum
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from streamlens.lab._told import FOLDER, Folder, Named, as_usage, console, shown, table_of
 
 __all__ = ["export", "runs"]
 
 runs = typer.Typer(
     help="List, compare and remove recorded runs.", no_args_is_help=True, rich_markup_mode=None
 )
-
-_FOLDER = Path("runs")
-
-Folder = Annotated[
-    Path, typer.Option("--in", help="A folder with run stores in it or below it, or one such file.")
-]
-Named = Annotated[
-    list[str],
-    typer.Argument(
-        help="A run's id or the beginning of it, its name, its folder, or its run store.", show_default=False
-    ),
-]
 
 
 class Format(enum.StrEnum):
@@ -41,39 +27,27 @@ class Format(enum.StrEnum):
     TENSORBOARD = "tensorboard"
 
 
-@contextmanager
-def _as_usage() -> Iterator[None]:
-    """What is wrong with a file or a name, in one line."""
-    from streamlens.errors import StreamlensError
-
-    try:
-        yield
-    except (StreamlensError, OSError, ImportError) as error:
-        typer.echo(f"streamlens: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
 @runs.command("list")
 def list_recorded(
     path: Annotated[
         Path, typer.Argument(help="A folder with run stores in it or below it, or one such file.")
-    ] = _FOLDER,
+    ] = FOLDER,
 ) -> None:
     """List recorded runs, the one written last at the end."""
     from streamlens.lab.recorded import found_in
 
-    with _as_usage():
+    with as_usage():
         found, broken = found_in(path)
-    table = _table("Run", "Name", "Model", "Began", "Took", "Steps", "File")
+    listing = table_of("Run", "Name", "Model", "Began", "Took", "Steps", "File")
     for entry in sorted(found, key=lambda entry: entry.record.written):
         record = entry.record
         began = datetime.datetime.fromtimestamp(record.started).isoformat(" ", "minutes")
         took = str(datetime.timedelta(seconds=round(max(record.written - record.started, 0))))
         model = str(record.metadata.get("model", ""))
         steps = "" if entry.last_step is None else str(entry.last_step + 1)
-        table.add_row(*map(Text, (entry.short, record.name, model, began, took, steps, _shown(record.path))))
-    if table.row_count:
-        _out().print(table)
+        listing.add_row(*map(Text, (entry.short, record.name, model, began, took, steps, shown(record.path))))
+    if listing.row_count:
+        console().print(listing)
     elif not broken:
         typer.echo(f"no run was recorded in {path}")
     for error in broken:
@@ -83,7 +57,7 @@ def list_recorded(
 
 
 @runs.command()
-def compare(names: Named, folder: Folder = _FOLDER) -> None:
+def compare(names: Named, folder: Folder = FOLDER) -> None:
     """Compare runs: the settings in which they differ, and what became of each topic.
 
     Of a topic with several layers it is the median over layers; in brackets the lowest and the
@@ -91,37 +65,37 @@ def compare(names: Named, folder: Folder = _FOLDER) -> None:
     """
     from streamlens.lab.recorded import differences, find, outcomes
 
-    with _as_usage():
+    with as_usage():
         chosen = [find(name, folder) for name in names]
         sections = [("Settings", differences(chosen)), ("Topics", outcomes(chosen))]
     for title, rows in sections:
         if not rows:
             continue
-        table = _table(title, *(entry.title for entry in chosen))
+        listing = table_of(title, *(entry.title for entry in chosen))
         for label, cells in rows.items():
-            table.add_row(*map(Text, (label, *cells)))
-        _out().print(table)
-        _out().print()
+            listing.add_row(*map(Text, (label, *cells)))
+        console().print(listing)
+        console().print()
 
 
 @runs.command()
 def remove(
     names: Named,
-    folder: Folder = _FOLDER,
+    folder: Folder = FOLDER,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", show_default="ask")] = False,
 ) -> None:
     """Remove runs for good; the last run of a file goes with the file."""
     from streamlens.lab.recorded import find
     from streamlens.runs import remove_run
 
-    with _as_usage():
+    with as_usage():
         chosen = {entry.record.id: entry for entry in (find(name, folder) for name in names)}
     for entry in chosen.values():
-        what = f"{entry.title} ({entry.short}) in {_shown(entry.record.path)}"
+        what = f"{entry.title} ({entry.short}) in {shown(entry.record.path)}"
         if not yes and not typer.confirm(f"Remove {what}?"):
             typer.echo(f"kept {what}")
             continue
-        with _as_usage():
+        with as_usage():
             remove_run(entry.record.path, entry.record.id)
         typer.echo(f"removed {what}")
 
@@ -146,30 +120,8 @@ def export(
     from streamlens.lab.recorded import export_run
     from streamlens.runs import read_run
 
-    with _as_usage(), read_run(path, run) as recorded:
+    with as_usage(), read_run(path, run) as recorded:
         done = export_run(recorded, to.value, out, topic)
-    typer.echo(f"exported {done.written} frames of {len(done.topics)} topics to {_shown(done.target)}")
+    typer.echo(f"exported {done.written} frames of {len(done.topics)} topics to {shown(done.target)}")
     for refused, reason in done.refused.items():
         typer.echo(f"left out {refused}: {reason}", err=True)
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        # As Text: brackets in names are no markup.
-        table.add_column(Text(title), overflow="fold")
-    return table
-
-
-def _out() -> Console:
-    console = Console(highlight=False)
-    # Cut at the width of a terminal; elsewhere a line of a table is a line.
-    return console if console.is_terminal else Console(highlight=False, width=1000)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

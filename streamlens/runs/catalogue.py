@@ -15,7 +15,17 @@ from typing import Any, Final
 from streamlens.errors import RunStoreError
 from streamlens.runs.schema import explain, is_run_store, open_for_reading, untext, version_of
 
-__all__ = ["RunRecord", "absolute", "close", "list_runs", "pick", "readable", "records", "run_stores"]
+__all__ = [
+    "RunRecord",
+    "absolute",
+    "close",
+    "list_runs",
+    "pick",
+    "readable",
+    "records",
+    "run_stores",
+    "store_at",
+]
 
 _SHORT: Final = 8
 """Letters of an id that are shown."""
@@ -85,6 +95,33 @@ def run_stores(folder: str | os.PathLike[str]) -> list[Path]:
         folders.sort()
         found += [path for name in sorted(files) if is_run_store(path := Path(base) / name)]
     return found
+
+
+def store_at(path: str | os.PathLike[str], run: str | int | None = None) -> Path:
+    """The run store that a path means: a file, or the only one in a folder that holds the run asked for.
+
+    Args:
+        path: A file, or a folder.
+        run: A run's id, where several files in a folder are to be told by it.
+
+    Raises:
+        RunStoreError: The folder has none, or several.
+    """
+    path = absolute(path)
+    if not path.is_dir():
+        return path
+    stores = run_stores(path)
+    if not stores:
+        raise RunStoreError(f"no run store is in the folder {path}: choose the path of a file")
+    if isinstance(run, str):
+        stores = [file for file in stores if any(record.id == run for record in list_runs(file))]
+        if not stores:
+            raise RunStoreError(f"no run store in the folder {path} has a run {run!r}: list_runs has them")
+    if len(stores) > 1:
+        some = ", ".join(str(file.relative_to(path)) for file in stores[:8])
+        more = f" and {len(stores) - 8} more" if len(stores) > 8 else ""
+        raise RunStoreError(f"the folder {path} has several run stores: choose one of {some}{more}")
+    return stores[0]
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 
 from streamlens.errors import RunStoreError, UnknownTopicError, did_you_mean
 from streamlens.frame import Frame
-from streamlens.runs.catalogue import absolute, close, pick, readable, records
+from streamlens.runs.catalogue import close, pick, readable, records, store_at
 from streamlens.runs.codec import Layout, decode_frame
 from streamlens.runs.downsample import MIN_POINTS
 from streamlens.runs.envelope import envelope
@@ -35,12 +35,12 @@ def read_run(path: str | os.PathLike[str], run: str | int | None = None) -> Run:
     """Open a run of a run store, also while it is being written or where nothing can be written.
 
     Args:
-        path: The file that a `RunStore` wrote.
+        path: The file that a `RunStore` wrote, or a folder with one such file in it or below it.
         run: The run's id, or its position among `list_runs(path)` (negative from the end). By
             default the one that was written last.
 
     Raises:
-        RunStoreError: There is no run store at `path`, it is damaged, or has no such run.
+        RunStoreError: There is no run store at `path`, or several, it is damaged, or has no such run.
     """
     return Run(path, run)
 
@@ -52,15 +52,15 @@ class Run:
     is seen by the next call. A context manager; `close()` frees the file.
 
     Args:
-        path: The file that a `RunStore` wrote.
+        path: The file that a `RunStore` wrote, or a folder with one such file in it or below it.
         run: The run's id or its position in the file; by default the one that was written last.
 
     Raises:
-        RunStoreError: There is no run store at `path`, it is damaged, or has no such run.
+        RunStoreError: There is no run store at `path`, or several, it is damaged, or has no such run.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str | int | None = None) -> None:
-        self._path = absolute(path)
+        self._path = store_at(path, run)
         self._mutex = threading.RLock()
         self._db, self._copies = open_for_reading(self._path)
         try:

@@ -79,9 +79,13 @@ def replay(
     Several runs are played side by side, step by step, each labelled in `frame.source` (by its name,
     else by its file); operators keep them apart.
 
+    What modules tell of a layer is not stored: where raw outputs of convolutions over sequences were, name
+    their dimension to metrics that count units, such as `dead_fraction(window=10, unit_dim=1)`.
+
     Args:
-        path: The file that a `RunStore` wrote, what `read_run` gave, or several of these.
-        run: Which run of the file, as for `read_run`.
+        path: The file that a `RunStore` wrote, a folder with one in it, what `read_run` gave, or several of
+            these.
+        run: Which run of the file or folder, as for `read_run`.
         speed: As many times as fast as the run was recorded; as fast as it goes if None.
         on_error: `"report"` contains what fails in chains; `"raise"` lets it through, for tests.
 

@@ -61,7 +61,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "short text": (lambda path: path.write_text("x"), "not a run store .*no SQLite file.*another path"),
     "foreign": (foreign, "not a run store .*another program.*another path"),
     "newer": (newer, f"newer streamlens .*version {SCHEMA_VERSION + 1}.*upgrade"),
-    "folder": (lambda path: path.mkdir(), "cannot read .*choose the path of a file"),
+    "folder": (lambda path: path.mkdir(), "(cannot read|no run store is in) .*choose the path of a file"),
 }
 
 

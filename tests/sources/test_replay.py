@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -349,3 +350,28 @@ def test_derived_topics_and_sinks_work(recorded: Path) -> None:
     assert replay.close()
     with pytest.raises(sl.ClosedLensError, match="this replay is closed"):
         replay.play()
+
+
+def test_a_folder_stands_for_the_one_run_store_in_it_and_says_which_if_there_are_several(
+    recorded: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs"
+    (folder / "first").mkdir(parents=True)
+    shutil.copy(recorded, folder / "first" / "run.db")
+    seen: list[Frame] = []
+    with sl.replay(folder) as old:
+        old.pipe(sl.topic("loss")).subscribe(seen.append)
+        old.play()
+    assert len(seen) == 20  # two micro-steps a step
+    train(folder / "other.db", steps=1)
+    with pytest.raises(
+        sl.RunStoreError, match=r"has several run stores: choose one of other.db, first/run.db"
+    ):
+        sl.replay(folder)
+    with sl.read_run(recorded) as run, sl.replay(folder, run.id) as old:
+        assert "weights.norm2" in old.source.known_topics
+    with pytest.raises(sl.RunStoreError, match=r"no run store in the folder .* has a run 'b'"):
+        sl.replay(folder, "b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(sl.RunStoreError, match=r"no run store is in the folder .*empty"):
+        sl.replay(tmp_path / "empty")
