@@ -8,6 +8,7 @@ from streamlens.views.histogram import histogram
 from streamlens.views.loss import loss
 from streamlens.views.metric import metric
 from streamlens.views.norms import gradient_norms, weight_norms
+from streamlens.views.progress import ratio_against_loss
 from streamlens.views.rates import learning_rate
 from streamlens.views.shipped import VIEWS, View, by_name
 from streamlens.views.sources import data, filled, records, taken_apart, topics_of
@@ -28,6 +29,7 @@ __all__ = [
     "loss",
     "metric",
     "percentile_bands",
+    "ratio_against_loss",
     "records",
     "stack",
     "taken_apart",

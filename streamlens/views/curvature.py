@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from streamlens.views.marks import WIDTH, Limits, chart_of_lines, nothing, step_axis, value_axis
+from streamlens.views.rates import largest_rate
 from streamlens.views.series import Series, draw_table, split
 
 __all__ = ["hessian_eigenvalues"]
@@ -75,10 +76,9 @@ def hessian_eigenvalues(
 
 def _bound(rates: pd.DataFrame, lines: list[Series]) -> Series:
     """2 over the largest rate of each step, where there are eigenvalues."""
-    largest = rates.groupby("step", as_index=False, sort=True).max(numeric_only=True)
     first = min(int(line.steps[0]) for line in lines if len(line))
     last = max(int(line.steps[-1]) for line in lines if len(line))
-    (rate,) = split(largest.assign(layer=""))
+    (rate,) = split(largest_rate(rates))
     rate = rate.take(np.flatnonzero((rate.steps >= first) & (rate.steps <= last) & (rate.values > 0)))
     return Series(_BOUND, rate.steps, rate.epochs, 2 / rate.values)
 

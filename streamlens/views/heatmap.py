@@ -13,7 +13,7 @@ from streamlens.views.marks import POWER_OF_TEN, WIDTH, Limits, layered, nothing
 from streamlens.views.series import Series, split
 from streamlens.views.theme import NOT_FINITE
 
-__all__ = ["heatmap", "update_to_weight_ratio"]
+__all__ = ["cells", "heatmap", "update_to_weight_ratio"]
 
 _CELL: Final = (
     alt.Tooltip("layer:N"),
@@ -71,7 +71,7 @@ def heatmap(
         limits: The first and last step of the axis.
         max_cells: The most cells drawn.
     """
-    table = _cells(lines, max_cells)
+    table = cells(lines, max_cells, log=True)
     names = list(dict.fromkeys(table["layer"].tolist()))
     low, high = _domain(table["value"].to_numpy(dtype=np.float64), middle)
     good = table[~table["bad"]].assign(value=table["value"].clip(lower=low - 1)).drop(columns="bad")
@@ -107,10 +107,10 @@ def heatmap(
     tooltip = [*_CELL, alt.Tooltip("ratio:Q", title=title, format=".2e")]
     base = alt.Chart(good, width=WIDTH, height=round(row * len(names)))
     # Reaching under the next cell leaves no seam between the two.
-    cells: alt.Chart = base.transform_calculate(ratio="pow(10, datum.value)").mark_rect(
+    drawn: alt.Chart = base.transform_calculate(ratio="pow(10, datum.value)").mark_rect(
         clip=True, x2Offset=0.6
     )
-    layers = [cells.encode(x=x, x2="end:Q", y=y, color=color, tooltip=tooltip)]
+    layers = [drawn.encode(x=x, x2="end:Q", y=y, color=color, tooltip=tooltip)]
     bad = table[table["bad"]]
     if len(bad):
         rows = bad[["layer", "step", "end", "last"]].assign(holds="NaN or infinity")
@@ -130,8 +130,14 @@ def _domain(values: np.ndarray[Any, Any], middle: int | None) -> tuple[float, fl
     return middle - half, middle + half
 
 
-def _cells(lines: Sequence[Series], max_cells: int) -> pd.DataFrame:
-    """One row a cell: layer, step, last, end, value (mean of log10), bad (holds NaN or infinity)."""
+def cells(lines: Sequence[Series], max_cells: int, *, log: bool) -> pd.DataFrame:
+    """One row a cell: layer, step, last, end, value (a mean), bad (holds NaN or infinity).
+
+    Args:
+        lines: One or more series that are not empty, the first for the top row.
+        max_cells: The most cells.
+        log: Whether the value is the mean of log10 of the values, and not of the values.
+    """
     rows = min(len(lines), _MOST_ROWS, max_cells)
     row_of = np.arange(len(lines)) * rows // len(lines)
     first = np.searchsorted(row_of, np.arange(rows))
@@ -155,13 +161,14 @@ def _cells(lines: Sequence[Series], max_cells: int) -> pd.DataFrame:
     )
     values = np.concatenate([line.values for line in lines])
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(values)
-    bad = np.isnan(logs) | (logs == np.inf)
-    drawn = np.isfinite(logs)
+        values = np.log10(values) if log else values
+    drawn = np.isfinite(values)
+    # Zero has no logarithm, and yet is nothing wrong.
+    bad = ~drawn & ~((values == -np.inf) & log)
     size = rows * columns
     seen = np.bincount(place, minlength=size)
     count = np.bincount(place[drawn], minlength=size)
-    total = np.bincount(place[drawn], weights=logs[drawn], minlength=size)
+    total = np.bincount(place[drawn], weights=values[drawn], minlength=size)
     # Cells of nothing but zeros have no logarithm: they go below the lowest colour.
     mean = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
     holds_bad = np.bincount(place[bad], minlength=size) > 0

@@ -20,17 +20,20 @@ from streamlens.views.marks import (
     step_axis,
     value_axis,
 )
+from streamlens.views.rates import largest_rate
 from streamlens.views.series import Series, draw_table, exponential_average, split
 
 __all__ = ["loss"]
 
 _EACH: Final = "each step"
 _AVERAGE: Final = "moving average"
+_MOST_CHANGES: Final = 20
 
 
 def loss(
     rows: pd.DataFrame,
     smoothed: pd.DataFrame | None = None,
+    learning_rate: pd.DataFrame | None = None,
     *,
     limits: Limits | None = None,
     max_points: int = 1500,
@@ -38,12 +41,14 @@ def loss(
     """The loss over steps: every step faint, its exponential moving average strong.
 
     The axis is logarithmic where every finite value is positive. NaN and infinities are magenta
-    triangles at the foot of the chart.
+    triangles at the foot of the chart. Dotted lines stand where the learning rate changed, if it did so at
+    most 20 times; a schedule that bends all the time has its own chart.
 
     Args:
         rows: The topic `loss`; a column `component` makes one pair of lines for each loss watched.
         smoothed: The topic `loss.ema`; without it, the average is taken here, with a half-life of
             4% of the steps.
+        learning_rate: The topic `learning_rate`, a row a layer and step; the largest rate of a step counts.
         limits: The first and last step of the axis; by default those of the data.
         max_points: The most points drawn, one third of them for the average.
 
@@ -70,7 +75,38 @@ def loss(
     means, _ = draw_table(average, max_points // 3, log=log)
     # A gap in the average stands where the loss has its mark already.
     table = pd.concat([points.assign(kind=_EACH), means.assign(kind=_AVERAGE)], ignore_index=True)
-    return _draw(table, flags, [line.name for line in raw], title, log=log, limits=limits)
+    chart = _draw(table, flags, [line.name for line in raw], title, log=log, limits=limits)
+    changes = pd.DataFrame() if learning_rate is None else _changes(learning_rate)
+    if 0 < len(changes) <= _MOST_CHANGES:
+        chart += _rules(changes, limits)
+    return chart
+
+
+def _changes(rates: pd.DataFrame) -> pd.DataFrame:
+    """The steps at which the largest rate is another than before."""
+    (rate,) = split(largest_rate(rates)) if len(rates) else [None]
+    if rate is None:
+        return pd.DataFrame()
+    known = rate.take(np.flatnonzero(np.isfinite(rate.values)))
+    # Products of a schedule that stands still differ in their last digits.
+    at = 1 + np.flatnonzero(~np.isclose(known.values[1:], known.values[:-1], rtol=1e-6, atol=0))
+    return pd.DataFrame(
+        {
+            "step": known.steps[at],
+            "change": [
+                f"learning rate from {before:.4g} to {after:.4g}"
+                for before, after in zip(
+                    known.values[at - 1].tolist(), known.values[at].tolist(), strict=True
+                )
+            ],
+        }
+    )
+
+
+def _rules(changes: pd.DataFrame, limits: Limits | None) -> alt.Chart:
+    rules: alt.Chart = alt.Chart(changes, width=WIDTH).mark_rule(strokeDash=[1, 4], strokeWidth=1.5)
+    tooltip = [alt.Tooltip("change:N"), alt.Tooltip("step:Q", format=",")]
+    return rules.encode(x=step_axis(limits), tooltip=tooltip)
 
 
 def _draw(

@@ -14,6 +14,7 @@ from streamlens.views.theme import NOT_FINITE
 __all__ = [
     "LEGEND_LINES",
     "POWER_OF_TEN",
+    "STEPS_SHOWN",
     "WIDTH",
     "Limits",
     "chart_of_lines",
@@ -22,6 +23,7 @@ __all__ = [
     "nearest_points",
     "nearest_tooltip",
     "nothing",
+    "power",
     "series_color",
     "step_axis",
     "value_axis",
@@ -29,6 +31,10 @@ __all__ = [
 
 Limits = tuple[float, float]
 """The first and the last step of the axis."""
+
+STEPS_SHOWN: Final = "steps_shown"
+"""The parameter of a chart without a step axis that a page sets to the steps the others are zoomed to, as a
+pair, and to null for all."""
 
 WIDTH: Final = 720
 """Pixels a chart is wide where its host does not say otherwise."""
@@ -39,7 +45,12 @@ LEGEND_LINES: Final = 12
 """Lines up to which a legend is of use; above, pointing at a line names it."""
 
 
-def _power(exponent: str) -> str:
+def power(exponent: str) -> str:
+    """Vega expression for a power of ten, as `10⁻³`.
+
+    Args:
+        exponent: Vega expression for its exponent, a whole number.
+    """
     # Vega's expressions know no superscript: the digits are looked up one by one.
     digits = "'⁰¹²³⁴⁵⁶⁷⁸⁹'"
     tens = f"floor(abs({exponent}) / 10)"
@@ -51,7 +62,7 @@ def _power(exponent: str) -> str:
     )
 
 
-POWER_OF_TEN: Final = _power("round(datum.value)")
+POWER_OF_TEN: Final = power("round(datum.value)")
 """Vega expression: the label `10⁻³` of an axis or legend whose values are logarithms."""
 
 _EXPONENT: Final = "(log(datum.value) / LN10)"
@@ -62,7 +73,7 @@ _MANTISSA: Final = f"round(datum.value / pow(10, floor({_EXPONENT} + 1e-9)))"
 # (Charts put together name their scales otherwise: the length is then unknown, and no comparison true.)
 _LOG_LABEL: Final = (
     f"{_DECADES} < 0.8 ? format(datum.value, '~g')"
-    f" : {_DECADES} >= 2.6 ? ({_IS_POWER} ? {_power(f'round({_EXPONENT})')} : '')"
+    f" : {_DECADES} >= 2.6 ? ({_IS_POWER} ? {power(f'round({_EXPONENT})')} : '')"
     f" : (indexof([1, 2, 5], {_MANTISSA}) >= 0 ? format(datum.value, '~g') : '')"
 )
 
@@ -99,7 +110,8 @@ def step_axis(limits: Limits | None) -> alt.X:
         "step:Q",
         title="step (optimizer updates)",
         axis=alt.Axis(format="~s", tickCount=8, tickMinStep=1, labelFlush=True, labelOverlap=True),
-        scale=alt.Scale(domain=domain, zero=False, nice=False),
+        # Inset, so that marks at the first and the last step are whole; a zoom goes without.
+        scale=alt.Scale(domain=domain, zero=False, nice=False, padding=6),
     )
 
 
@@ -199,7 +211,7 @@ def series_color(names: Sequence[str]) -> alt.Color:
     """
     legend: Any = None
     if 1 < len(names) <= LEGEND_LINES:
-        legend = alt.Legend(title=None, symbolType="stroke")
+        legend = alt.Legend(title=None, symbolType="stroke", symbolOpacity=1)
     domain = list(names)
     if len(names) <= 8:
         return alt.Color("series:N", scale=alt.Scale(domain=domain, range="category"), legend=legend)

@@ -9,7 +9,7 @@ import pandas as pd
 from streamlens.views.marks import Limits, chart_of_lines, nothing, value_axis
 from streamlens.views.series import Series, draw_table, split
 
-__all__ = ["learning_rate"]
+__all__ = ["largest_rate", "learning_rate"]
 
 
 def learning_rate(
@@ -59,3 +59,12 @@ def _schedules(lines: list[Series]) -> list[Series]:
             name = "all layers"
         merged.append(Series(name, members[0].steps, members[0].epochs, members[0].values))
     return merged
+
+
+def largest_rate(rows: pd.DataFrame) -> pd.DataFrame:
+    """The largest rate of each step, as rows of the model itself.
+
+    Args:
+        rows: The topic `learning_rate`, a row a layer and step.
+    """
+    return rows.groupby("step", as_index=False, sort=True).max(numeric_only=True).assign(layer="")

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import altair as alt
 
-from streamlens.views.accuracy import accuracies
 from streamlens.views.actions import SUFFIX, actions, with_action_marks
 from streamlens.views.alerts import PREFIX, Alert, alerts, with_marks
-from streamlens.views.curvature import hessian_eigenvalues
-from streamlens.views.heatmap import update_to_weight_ratio
-from streamlens.views.loss import loss
 from streamlens.views.marks import Limits
-from streamlens.views.norms import gradient_norms, weight_norms
 from streamlens.views.others import other_sections, shows
-from streamlens.views.rates import learning_rate
+from streamlens.views.shipped import VIEWS, View
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["TOPICS", "ModelRows", "ReadableRun", "Section", "label_width", "read_models", "sections"]
 
-TOPICS: Final = (
-    "loss",
-    "loss.ema",
-    "train_accuracy",
-    "test_accuracy",
-    "learning_rate",
-    "uw_ratio",
-    "weight_gradients.norm2",
-    "weights.norm2",
-    "hessian_eigenvalues",
-    "epoch_finished",
-)
-"""The topics that have a chart of their own; any other that holds numbers is drawn plainly."""
+_MARK: Final = "epoch_finished"
+
+TOPICS: Final = frozenset(topic for view in VIEWS.values() for topic in view.topics) | {_MARK}
+"""The topics that views of their own draw; any other that holds numbers is drawn plainly."""
 
 _MOST_POINTS: Final = 10_000
 """Points of the charts of these topics in a page: a browser redraws that many at once without a pause."""
@@ -44,16 +30,15 @@ _MOST_POINTS: Final = 10_000
 _MOST_OTHERS: Final = 8_000
 """Points of all other charts."""
 
-_MOST_CELLS: Final = 4_500
 _PERCENT: Final = {
-    "loss": 10,
-    "loss.ema": 5,
-    "train_accuracy": 3,
-    "test_accuracy": 2,
+    "loss": 15,
     "learning_rate": 5,
+    "accuracy": 5,
+    "update_to_weight_ratio": 45,
+    "ratio_against_loss": 1,
     "hessian_eigenvalues": 5,
 }
-"""Shares of the points that other topics than those of many layers get at most."""
+"""Shares of the points that views get at most; those of many lines share whatever these leave."""
 
 _MOST_READ: Final = 20_000
 """Rows read of one layer; a longer run is read thinned, its extremes and NaN kept."""
@@ -192,105 +177,38 @@ def sections(models: Sequence[ModelRows], limits: Limits | None = None) -> list[
     """
     share = _MOST_POINTS // max(1, len(models))
     others = _MOST_OTHERS // max(1, len(models))
-    return [
-        section
-        for model in models
-        for section in [*_of_model(model, limits, share), *_others(model, limits, others)]
-    ]
+    return [section for model in models for section in _of_model(model, limits, share, others)]
 
 
-def _others(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:
-    rows = {topic: table for topic, table in model.rows.items() if topic not in TOPICS and len(table)}
-    made = other_sections(rows, model.layers, limits=limits, max_points=budget)
-    return [
-        Section(key, model.name, title, reading, with_marks(chart, model.alerts, limits))
-        for key, title, reading, chart in made
-    ]
-
-
-def _of_model(model: ModelRows, limits: Limits | None, budget: int) -> list[Section]:
+def _of_model(model: ModelRows, limits: Limits | None, budget: int, others: int) -> Iterator[Section]:
     rows = {topic: table for topic, table in model.rows.items() if len(table)}
-    found: list[Section] = []
     done = actions(model.actions)
 
-    def add(key: str, title: str, reading: str, chart: alt.LayerChart) -> None:
-        marked = with_marks(chart, model.alerts, limits)
-        marked = with_action_marks(marked, done, limits)
-        found.append(Section(key, model.name, title, reading, marked))
+    def marked(chart: alt.LayerChart) -> alt.LayerChart:
+        return with_action_marks(with_marks(chart, model.alerts, limits), done, limits)
 
-    cells = min(_MOST_CELLS * budget // _MOST_POINTS, len(rows.get("uw_ratio", ())))
-    # The norms of many layers take whatever the others leave.
-    others = {topic: budget * percent // 100 for topic, percent in _PERCENT.items()}
-    used = cells + sum(min(most, len(rows.get(topic, ()))) for topic, most in others.items())
-    per_layer = (budget - used) // 2
-    if "loss" in rows:
-        chart = loss(
-            rows["loss"], rows.get("loss.ema"), limits=limits, max_points=others["loss"] + others["loss.ema"]
+    views = [view for view in VIEWS.values() if view.can_show(rows)]
+    for view, most in zip(views, _shares(views, rows, budget), strict=True):
+        chart = view.draw(rows, layers=model.layers, limits=limits, max_points=most)
+        key = view.name.replace("_", "-")
+        chart = marked(chart) if view.over_steps else chart
+        yield Section(key, model.name, view.title, view.reading, chart)
+    drawn = {topic for view in views for topic in view.topics} | {_MARK}
+    plain = {topic: table for topic, table in rows.items() if topic not in drawn}
+    for key, title, reading, chart in other_sections(plain, model.layers, limits=limits, max_points=others):
+        yield Section(key, model.name, title, reading, marked(chart))
+
+
+def _shares(views: Sequence[View], rows: Mapping[str, pd.DataFrame], budget: int) -> list[int]:
+    """The most points of each view."""
+    most = {
+        view.name: min(
+            budget * _PERCENT[view.name] // 100,
+            sum(len(rows[topic]) for topic in view.topics if topic in rows),
         )
-        add("loss", "Loss", _READING["loss"], chart)
-    curves = {
-        name: rows[f"{topic}_accuracy"]
-        for name, topic in (("training", "train"), ("test", "test"))
-        if f"{topic}_accuracy" in rows
+        for view in views
+        if view.name in _PERCENT
     }
-    if curves:
-        chart = accuracies(
-            curves, limits=limits, max_points=others["train_accuracy"] + others["test_accuracy"]
-        )
-        add("accuracy", "Accuracy", _READING["accuracy"], chart)
-    if "learning_rate" in rows:
-        chart = learning_rate(rows["learning_rate"], limits=limits, max_points=others["learning_rate"])
-        add("learning-rate", "Learning rate", _READING["learning-rate"], chart)
-    if "uw_ratio" in rows:
-        chart = update_to_weight_ratio(
-            rows["uw_ratio"], layers=model.layers["uw_ratio"], limits=limits, max_cells=max(1, cells)
-        )
-        add("update-to-weight-ratio", "Update-to-weight ratio", _READING["update-to-weight-ratio"], chart)
-    for topic, key, title, view in (
-        ("weight_gradients.norm2", "gradient-norms", "Gradient norms", gradient_norms),
-        ("weights.norm2", "weight-norms", "Weight norms", weight_norms),
-    ):
-        if topic in rows:
-            chart = view(rows[topic], layers=model.layers[topic], limits=limits, max_points=per_layer)
-            add(key, title, _READING[key], chart)
-    if "hessian_eigenvalues" in rows:
-        chart = hessian_eigenvalues(
-            rows["hessian_eigenvalues"],
-            rows.get("learning_rate"),
-            limits=limits,
-            max_points=others["hessian_eigenvalues"],
-        )
-        add("curvature", "Curvature", _READING["curvature"], chart)
-    return found
-
-
-_READING: Final = {
-    "loss": (
-        "The faint line is the loss of each step's batch, the strong one its moving average; "
-        "look for a steady fall and for jumps that do not recover."
-    ),
-    "accuracy": (
-        "The share of examples classified correctly; training far above test is the mark of overfitting."
-    ),
-    "learning-rate": (
-        "The rate the optimizer used at each step; a bend in another chart below a step in this one "
-        "is the schedule's doing."
-    ),
-    "update-to-weight-ratio": (
-        "How far each update moves a layer, relative to the size of its weights, from the input's layer "
-        "at the top to the output's: neutral is around 10⁻³, the usual aim, orange is faster, blue slower, "
-        "magenta holds NaN or infinity."
-    ),
-    "gradient-norms": (
-        "The 2-norm of each layer's weight gradient; lines that fall apart by powers of ten from layer to "
-        "layer are gradients that vanish, lines that shoot up are gradients that explode."
-    ),
-    "weight-norms": (
-        "The 2-norm of each layer's weights; slow growth is common without weight decay, jumps are not."
-    ),
-    "curvature": (
-        "The largest eigenvalues of the loss's Hessian; the dashed line is 2 over the learning rate, up to "
-        "which plain gradient descent is stable: training tends to rise towards it and to stay there, and "
-        "the loss jumps where the largest eigenvalue stands above it."
-    ),
-}
+    rest = budget - sum(most.values())
+    sharing = max(1, len(views) - len(most))
+    return [max(5, most.get(view.name, rest // sharing)) for view in views]

@@ -19,6 +19,7 @@ from streamlens.views.marks import Limits, nothing
 from streamlens.views.metric import metric
 from streamlens.views.norms import gradient_norms, weight_norms
 from streamlens.views.others import BANDS, HISTOGRAM, bare, reading_of, title_of
+from streamlens.views.progress import ratio_against_loss
 from streamlens.views.rates import learning_rate
 
 if TYPE_CHECKING:
@@ -171,7 +172,11 @@ def _plain(topic: str) -> View:
 
 def _loss(shown: Shown) -> alt.LayerChart:
     return loss(
-        shown.rows["loss"], shown.rows.get("loss.ema"), limits=shown.limits, max_points=shown.max_points
+        shown.rows["loss"],
+        shown.rows.get("loss.ema"),
+        shown.rows.get("learning_rate"),
+        limits=shown.limits,
+        max_points=shown.max_points,
     )
 
 
@@ -194,11 +199,19 @@ def _ratio(shown: Shown) -> alt.LayerChart:
     )
 
 
+def _ratio_against_loss(shown: Shown) -> alt.LayerChart:
+    return ratio_against_loss(
+        shown.rows["uw_ratio"], shown.rows["loss"], max_points=min(120, shown.max_points)
+    )
+
+
 def _gradient_norms(shown: Shown) -> alt.LayerChart:
-    topic = "weight_gradients.norm2"
+    topic, dead = "weight_gradients.norm2", "activations.dead_fraction"
     return gradient_norms(
         shown.rows[topic],
+        shown.rows.get(dead),
         layers=shown.layers.get(topic),
+        dead_layers=shown.layers.get(dead),
         limits=shown.limits,
         max_points=shown.max_points,
     )
@@ -227,19 +240,12 @@ _ALL: Final = (
     View(
         "loss",
         "Loss",
-        "The faint line is the loss of each step's batch, the strong one its moving average; "
-        "look for a steady fall and for jumps that do not recover.",
+        "The faint line is the loss of each step's batch, the strong one its moving average, "
+        "dotted lines are changes of the learning rate; look for a steady fall and for jumps that do not "
+        "recover.",
         ("loss",),
         _loss,
-        uses=("loss.ema",),
-    ),
-    View(
-        "accuracy",
-        "Accuracy",
-        "The share of examples classified correctly; training far above test is the mark of overfitting.",
-        ("train_accuracy", "test_accuracy"),
-        _accuracy,
-        any_of=True,
+        uses=("loss.ema", "learning_rate"),
     ),
     View(
         "learning_rate",
@@ -248,6 +254,14 @@ _ALL: Final = (
         "is the schedule's doing.",
         ("learning_rate",),
         _learning_rate,
+    ),
+    View(
+        "accuracy",
+        "Accuracy",
+        "The share of examples classified correctly; training far above test is the mark of overfitting.",
+        ("train_accuracy", "test_accuracy"),
+        _accuracy,
+        any_of=True,
     ),
     View(
         "update_to_weight_ratio",
@@ -259,12 +273,24 @@ _ALL: Final = (
         _ratio,
     ),
     View(
+        "ratio_against_loss",
+        "Ratio against loss decrease",
+        "A point a stretch of the run, early ones dark, late ones light: to the right the loss falls fast, "
+        "further up the weights move far. Points high up that do not lie to the right of zero are steps too "
+        "large, points low down at zero are training that has come to rest.",
+        ("uw_ratio", "loss"),
+        _ratio_against_loss,
+        over_steps=False,
+    ),
+    View(
         "gradient_norms",
         "Gradient norms",
         "The 2-norm of each layer's weight gradient; lines that fall apart by powers of ten from layer to "
-        "layer are gradients that vanish, lines that shoot up are gradients that explode.",
+        "layer are gradients that vanish, lines that shoot up are gradients that explode. "
+        "Below, where they were counted, the units of a layer that give zero for a whole batch.",
         ("weight_gradients.norm2",),
         _gradient_norms,
+        uses=("activations.dead_fraction",),
     ),
     View(
         "weight_norms",

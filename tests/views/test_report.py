@@ -83,9 +83,10 @@ def test_the_page_has_a_section_a_chart_and_a_sentence_for_each_topic(tmp_path: 
     page = report(tmp_path, tables(), METADATA)
     assert page.titles == [
         "Loss",
-        "Accuracy",
         "Learning rate",
+        "Accuracy",
         "Update-to-weight ratio",
+        "Ratio against loss decrease",
         "Gradient norms",
         "Weight norms",
         "Curvature",
@@ -127,7 +128,7 @@ def test_a_run_with_nothing_to_show_gives_a_page_that_says_so(
 def test_several_models_have_a_heading_each_and_layers_without_its_name(tmp_path: Path) -> None:
     page = report(tmp_path, {**tables(prefix="G"), **tables(prefix="D")})
     assert page.texts["h2"] == ["G", "D"]
-    assert page.titles == 2 * page.titles[:7]
+    assert page.titles == 2 * page.titles[:8]
     assert {row["layer"] for row in values_of(page) if "layer" in row} == set(LAYERS)
 
 
@@ -147,7 +148,7 @@ def test_the_page_stays_within_its_points_and_its_size_for_a_long_run_of_many_la
 def test_nan_everywhere_still_makes_a_page_and_no_invalid_json(tmp_path: Path) -> None:
     data = {topic: table.assign(value=math.nan) for topic, table in tables().items()}
     page = report(tmp_path, data)
-    assert len(page.embedded["charts"]) == 7
+    assert len(page.embedded["charts"]) == 8
     assert "NaN" in page.texts["dd"]
 
 

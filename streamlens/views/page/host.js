@@ -4,6 +4,8 @@
 globalThis.streamlensCharts = (() => {
   // What Vega-Lite calls the range of the selection `steps`, which every chart zooms with.
   const RANGE = "steps_step";
+  // The parameter of a chart without a step axis that shows which steps the others are zoomed to.
+  const FOLLOWS = "steps_shown";
   // Where it keeps what a selection has chosen. Where the pointer was is nothing to keep.
   const CHOSEN = /^(?!hover|steps).*_store$/;
 
@@ -35,7 +37,7 @@ globalThis.streamlensCharts = (() => {
   function board({ onZoom, onClick } = {}) {
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const narrow = matchMedia("(max-width: 640px)");
-    const shown = new Map(); // by place: {chart, result, zoomable}
+    const shown = new Map(); // by place: {chart, result, tied}
     let configs = null;
     let themed = "";
     let range = null;
@@ -43,24 +45,31 @@ globalThis.streamlensCharts = (() => {
 
     function move(except) {
       moving = true;
-      const others = [...shown.values()].filter(({ zoomable, result }) => zoomable && result.view !== except);
-      return Promise.all(others.map(({ result }) => result.view.signal(RANGE, range).runAsync())).finally(() => { moving = false; });
+      const others = [...shown.values()].filter(({ tied, result }) => tied && result.view !== except);
+      return Promise.all(others.map(({ tied, result }) => result.view.signal(tied, range).runAsync())).finally(() => { moving = false; });
     }
 
+    // By which signal a view is tied to the others; null for none.
     async function tie(view) {
-      try {
-        view.signal(RANGE);
-      } catch {
-        return false; // nothing to zoom: Vega throws for a signal it does not know
-      }
-      if (range) await view.signal(RANGE, range).runAsync();
-      view.addSignalListener(RANGE, (_, chosen) => {
-        if (moving) return;
-        range = chosen ?? null;
-        move(view);
-        onZoom?.(range);
+      const tied = [RANGE, FOLLOWS].find((signal) => {
+        try {
+          view.signal(signal);
+          return true;
+        } catch {
+          return false; // Vega throws for a signal it does not know
+        }
       });
-      return true;
+      if (!tied) return null;
+      if (range) await view.signal(tied, range).runAsync();
+      if (tied === RANGE) {
+        view.addSignalListener(RANGE, (_, chosen) => {
+          if (moving) return;
+          range = chosen ?? null;
+          move(view);
+          onZoom?.(range);
+        });
+      }
+      return tied;
     }
 
     function watch(view, chart) {
@@ -99,9 +108,9 @@ globalThis.streamlensCharts = (() => {
         }
       }
       if (kept.some(([, rows]) => rows?.length)) await result.view.runAsync();
-      const zoomable = await tie(result.view);
+      const tied = await tie(result.view);
       if (onClick) watch(result.view, chart);
-      shown.set(chart.place, { chart, result, zoomable });
+      shown.set(chart.place, { chart, result, tied });
     }
 
     async function swap(entry, chart) {
