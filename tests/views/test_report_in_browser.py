@@ -72,7 +72,8 @@ class Visit:
 
     def pixels(self, chart: int) -> np.ndarray[Any, Any]:
         png = self.page.locator(".chart canvas").nth(chart).screenshot()
-        return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
+        # Without the lowest row: where the page is scrolled to decides whether it is the card's.
+        return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)[:-1]
 
     def keep(self, name: str) -> None:
         ARTIFACTS.mkdir(parents=True, exist_ok=True)
