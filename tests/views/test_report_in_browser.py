@@ -72,8 +72,7 @@ class Visit:
 
     def pixels(self, chart: int) -> np.ndarray[Any, Any]:
         png = self.page.locator(".chart canvas").nth(chart).screenshot()
-        # Without the lowest row: where the page is scrolled to decides whether it is the card's.
-        return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)[:-1]
+        return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
 
     def keep(self, name: str) -> None:
         ARTIFACTS.mkdir(parents=True, exist_ok=True)
@@ -156,6 +155,11 @@ def test_the_step_axes_of_all_charts_start_and_end_at_the_same_places(browser: B
     assert max(end for _, end in ends) - min(end for _, end in ends) <= 1
 
 
+def differ(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> bool:
+    """Whether one sees it: a part that is drawn anew may round the edge of a line otherwise."""
+    return bool((np.abs(before - after) > 20).any())
+
+
 def test_zooming_one_chart_zooms_all_and_a_double_click_goes_back(browser: Browser, report: Path) -> None:
     visit = Visit(browser, report, viewport={"width": 1180, "height": 900})
     before = [visit.pixels(chart) for chart in range(CHARTS)]
@@ -171,14 +175,14 @@ def test_zooming_one_chart_zooms_all_and_a_double_click_goes_back(browser: Brows
     visit.page.mouse.move(5, 5)
     visit.page.wait_for_timeout(200)
     zoomed = [visit.pixels(chart) for chart in range(CHARTS)]
-    assert [bool((a != b).any()) for a, b in zip(before, zoomed, strict=True)] == [True] * CHARTS
+    assert [differ(a, b) for a, b in zip(before, zoomed, strict=True)] == [True] * CHARTS
     canvas.scroll_into_view_if_needed()
     canvas.dblclick(position={"x": box["width"] / 2, "y": box["height"] / 2})
     visit.page.mouse.move(5, 5)
     visit.page.wait_for_timeout(400)
     after = [visit.pixels(chart) for chart in range(CHARTS)]
     visit.page.close()
-    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [False] * CHARTS
+    assert [differ(a, b) for a, b in zip(before, after, strict=True)] == [False] * CHARTS
     assert visit.complaints == []
 
 
