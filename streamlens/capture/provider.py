@@ -103,7 +103,7 @@ class Provider(Runtime):
         Raises:
             UnknownTopicError: It cannot be had.
         """
-        return replace(view, reduction=reduction)
+        return replace(view, reduction=reduction, whole="")
 
     def check_view(self, view: View) -> None:
         """Raise where a view cannot be answered as it is."""

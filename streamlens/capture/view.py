@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from reactivex.abc import DisposableBase
 
@@ -14,7 +14,21 @@ from streamlens.layers import LayerSelector
 from streamlens.reductions import Reduction
 from streamlens.topics import Facet, Phase, topic_spec
 
-__all__ = ["Demand", "Gate", "View"]
+if TYPE_CHECKING:
+    from streamlens.capture.source import Source
+
+__all__ = ["Demand", "Follower", "Gate", "View"]
+
+
+class Follower(Protocol):
+    """What a process does with a view that others have asked for and it has not.
+
+    It is a value that pickles, as it goes from one process to the others.
+    """
+
+    def __call__(self, source: Source) -> Callable[[Frame], None]:
+        """What receives the frames of the view."""
+        ...
 
 
 class Gate(Protocol):
@@ -53,6 +67,9 @@ class View:
         reduction: What becomes of each tensor where it is taken.
         expected: Whether it is worth a report if nothing of a topic comes.
         gates: What says when it is asked for; always if empty.
+        whole: The operator that needs whole tensors, for people; empty if parts of them do too.
+        follower: Where what is made of raw tensors is merged over processes: the part of those that have
+            not asked for it.
     """
 
     topics: tuple[str, ...] = ()
@@ -63,6 +80,8 @@ class View:
     reduction: Reduction | None = None
     expected: bool = True
     gates: tuple[Gate, ...] = ()
+    whole: str = ""
+    follower: Follower | None = None
 
     def due(self, step: int) -> bool:
         """Whether a frame of this step is wanted."""

@@ -7,12 +7,10 @@ import hashlib
 import pickle
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
-from reactivex.abc import DisposableBase
 from torch import Tensor
 
 from streamlens.capture.sharded import WHOLE, Part, data_part
@@ -22,6 +20,7 @@ from streamlens.distributed.group import Group, LostRanksError
 from streamlens.distributed.layout import WEIGHT, Item
 from streamlens.distributed.meeting import EVERY, Meeting, named
 from streamlens.distributed.origins import Origins
+from streamlens.distributed.shadows import Shadows, shared
 from streamlens.distributed.wire import Wire
 from streamlens.errors import StreamlensError, UnmergeableError
 from streamlens.reductions import Reduction
@@ -30,20 +29,10 @@ from streamlens.topics import Facet, Phase, TopicSpec, topic_spec
 if TYPE_CHECKING:
     from streamlens.capture.engine import Engine
     from streamlens.capture.exchange import Partial
-    from streamlens.frame import Frame
 
 __all__ = ["Ranks"]
 
 _AVAILABLE: Final = dist.is_available()
-
-
-def _nobody(frame: Frame) -> None:
-    """Receives what other processes have asked for."""
-
-
-def _shared(view: View) -> View:
-    """What of a view others need to know."""
-    return replace(view, expected=False)
 
 
 class Ranks:
@@ -70,8 +59,7 @@ class Ranks:
         self._asked: tuple[View, ...] | None = None
         self._published: tuple[View, ...] = ()
         self._agreed: tuple[View, ...] = ()
-        self._shadows: dict[View, DisposableBase] = {}
-        self._following = False
+        self._shadows = Shadows(engine)
         self._moment = (-1, 0)
 
     # -- facts -------------------------------------------------------------------------------
@@ -130,20 +118,34 @@ class Ranks:
     def demands_changed(self) -> None:
         """A subscription has come or gone; what was agreed on is taken until all know of it."""
         self._asked = None
-        if self._wire is not None and not self._following:
-            self._follow()
+        if self._wire is not None and not self._shadows.changing:
+            self._shadows.follow(self._agreed, self._asks)
 
     def admits(self, view: View) -> bool:
         """Whether a view is taken now: what takes all ranks is, once all know of it."""
-        return self._wire is None or _shared(view) in self._agreed or not self._takes_all(view)
+        if view.whole and self.active and not self._has_whole(view):
+            return False
+        return self._wire is None or shared(view) in self._agreed or not self._takes_all(view)
+
+    def _has_whole(self, view: View) -> bool:
+        """Whether tensors are whole for what needs them so; that they no longer are is told once."""
+        try:
+            self.check(view.topics, view.whole, None)
+        except UnmergeableError as error:
+            what = (", ".join(view.topics), view.whole)
+            if what not in self._told:
+                self._told.add(what)
+                self._engine.report(error, view.whole)
+            return False
+        return True
 
     def _takes_all(self, view: View) -> bool:
         """Whether there are topics in a view of which each process has a part that is reduced."""
         specs = [topic_spec(topic) for topic in view.topics]
-        return any(
-            spec is not None and (view.reduction is not None or not spec.raw) and self._in_parts(spec)
-            for spec in specs
-        )
+        reduction = view.reduction
+        # What does not merge is told of, and left out, by each process.
+        made = (reduction is not None and reduction.merges) or view.follower is not None
+        return any(spec is not None and (made or not spec.raw) and self._in_parts(spec) for spec in specs)
 
     def _in_parts(self, spec: TopicSpec) -> bool:
         """Whether what this process has of a topic is a part of the whole."""
@@ -289,8 +291,7 @@ class Ranks:
     def _asks(self) -> tuple[View, ...]:
         """What is subscribed here and takes all processes."""
         if self._asked is None:
-            own = [d.view for d in self._engine.demands if d.deliver is not _nobody]
-            self._asked = tuple(dict.fromkeys(_shared(view) for view in own if self._takes_all(view)))
+            self._asked = self._shadows.asked_here(self._takes_all)
         return self._asked
 
     @property
@@ -305,39 +306,12 @@ class Ranks:
         """
         assert self._wire is not None
         self._published = self._asks
-        told: list[list[bytes]] = self._wire.group.gather([self._packed(v) for v in self._published])
+        told: list[list[bytes]] = self._wire.group.gather([self._shadows.packed(v) for v in self._published])
         wanted = dict.fromkeys(packed for views in told for packed in views if packed)
         self._agreed = tuple(dict.fromkeys(pickle.loads(packed) for packed in wanted))
-        self._follow()
+        self._shadows.follow(self._agreed, self._asks)
         self._engine.demands_changed()
-        return all(set(views) == set(wanted) for views in told)
-
-    def _follow(self) -> None:
-        """Take what was agreed on, whether or not anybody here has asked for it."""
-        self._following = True
-        try:
-            for view in [view for view in self._shadows if view not in self._agreed or view in self._asks]:
-                self._shadows.pop(view).dispose()
-            for view in self._agreed:
-                if view not in self._asks and view not in self._shadows:
-                    self._shadows[view] = self._engine.subscribe_view(view, _nobody)
-        except StreamlensError as error:
-            self._engine.report(error, "what another rank asks for")
-        finally:
-            self._following = False
-
-    def _packed(self, view: View) -> bytes:
-        try:
-            return pickle.dumps(view)
-        except Exception as error:
-            self._engine.report(
-                StreamlensError(
-                    f"{' | '.join(view.describe())} cannot be told to the other ranks ({error}): subscribe "
-                    "to it on every rank"
-                ),
-                "the agreement of ranks",
-            )
-            return b""
+        return all(set(views) - {b""} == set(wanted) for views in told)
 
     def _look_for_others(self) -> None:
         """Say so once if this process observes alone, though it can do so: what is whole goes on."""
@@ -385,9 +359,7 @@ class Ranks:
             # The store may be gone, as where the process group was destroyed before.
             with contextlib.suppress(Exception):
                 meeting.leave()
-        shadows, self._shadows = self._shadows, {}
-        for shadow in shadows.values():
-            shadow.dispose()
+        self._shadows.drop()
 
     def close(self) -> None:
         """Nothing more will be merged; who still waits for this process fails at once."""

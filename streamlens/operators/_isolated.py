@@ -47,8 +47,8 @@ def isolated_copy(model: nn.Module, *others: nn.Module) -> IsolatedCopy:
 
     The copy has parameters and buffers of its own. It has no hooks, neither ours nor the user's, but for
     those of `torch.nn.utils` that are a part of the computation (weight and spectral norm, pruning). What
-    only wraps a module (data parallelism, `torch.compile`) is left out. Half precision is widened to
-    float32.
+    only wraps a module (data parallelism, `torch.compile`) is left out, and batch norm is not synchronised
+    over processes. Half precision is widened to float32.
 
     Args:
         model: The model.
@@ -74,11 +74,22 @@ def isolated_copy(model: nn.Module, *others: nn.Module) -> IsolatedCopy:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 # Sparse gradients save memory for optimizers that know them; they have no second derivative.
                 module.sparse = False
+            elif isinstance(module, nn.SyncBatchNorm):
+                # It would wait for other processes, which need not evaluate anything now.
+                module.__class__ = type(type(module).__name__, (_Unsynchronised, type(module)), {})
     return IsolatedCopy(copies, {name: memo[id(p)] for name, p in model.named_parameters()})
+
+
+class _Unsynchronised:
+    """Normalises by the batch that this process is given: all of it, where a metric evaluates."""
+
+    forward = nn.BatchNorm1d.forward
 
 
 def _prepare(module: nn.Module, memo: dict[int, Any]) -> None:
     """Say what becomes of those attributes of a module that are not simply copied."""
+    if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
+        memo[id(module.process_group)] = module.process_group
     for name, value in vars(module).items():
         if name.endswith("_hooks") and isinstance(value, dict):
             memo[id(value)] = type(value)(

@@ -32,7 +32,7 @@ def share_of(tally: Tensor) -> Tensor:
     return (tally[0] / tally[1]).float().reshape(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Scoring:
     """What is right.
 

@@ -31,6 +31,7 @@ __all__ = [
     "first_step",
     "pieces_of",
     "tensors_of",
+    "whole",
     "wide",
 ]
 
@@ -73,8 +74,18 @@ def tensors_of(source: Observable[Frame], topic: str | None, operator: str) -> S
         specs = [stream.source.spec(name) for name in stream.topics]
         if stream.view.reduction is not None or any(spec is not None and not spec.raw for spec in specs):
             raise _needs_tensors(operator, stream.plan_text)
-        stream.source.check_whole(stream.topics, f"{operator}()")
+        return whole(stream, f"{operator}()")
     return stream
+
+
+def whole(lens: Lens, operator: str) -> Lens:
+    """A lens for what needs whole tensors: nothing comes of it once the model lies in parts.
+
+    Raises:
+        UnmergeableError: Several ranks hold parts of the tensors now.
+    """
+    lens.source.check_whole(lens.topics, operator)
+    return Lens(lens.source, lens.session, replace(lens.view, whole=operator))
 
 
 def check_whole(frame: Frame, operator: str, least: int = 2) -> None:

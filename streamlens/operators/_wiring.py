@@ -18,6 +18,7 @@ from streamlens.lens import Lens
 from streamlens.nodes import average_micro_steps
 from streamlens.operators._base import checked_source
 from streamlens.operators._join import Join, JoinInput
+from streamlens.operators._tensors import whole
 from streamlens.operators._windowed import Epochs, Windowed
 from streamlens.operators.selection import topic
 from streamlens.runtime import Runtime
@@ -78,6 +79,17 @@ class Wiring:
         if isinstance(entry, str):
             return checked_source(topic(entry)(base))
         return checked_source(entry if isinstance(entry, Observable) else entry(base))
+
+    def need_whole(self, operator: str) -> None:
+        """Have tensors from lenses only while they are whole.
+
+        Raises:
+            UnmergeableError: Several ranks hold parts of them now.
+        """
+        self.inputs = [
+            whole(s, operator) if isinstance(s, Lens) and s.raw and not s.view.whole else s
+            for s in self.inputs
+        ]
 
     def check_distinct(self, operator: str, sources: Sequence[JoinSource]) -> None:
         """Raise where two inputs are the same, so that their frames have one topic.
@@ -152,6 +164,7 @@ def joined(
     lateness: int,
     *,
     keyed: bool = False,
+    whole: bool = False,
 ) -> Stream:
     """The stream of what `emit` makes of the frames that belong together.
 
@@ -162,11 +175,14 @@ def joined(
         operator: The operator's name, for its plan and for messages.
         lateness: How many steps an input may reorder.
         keyed: Whether inputs are told by their topics, so that two must not be the same.
+        whole: Whether tensors must be whole ones.
 
     Raises:
-        StreamlensError: An input cannot be joined, or is there twice.
+        StreamlensError: An input cannot be joined, or is there twice, or is of parts.
     """
     wiring = Wiring(source, sources)
+    if whole:
+        wiring.need_whole(operator)
     if keyed:
         wiring.check_distinct(operator, sources)
     late = f", allowed_lateness={lateness}" if lateness else ""

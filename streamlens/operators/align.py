@@ -170,10 +170,8 @@ def combine(
         return _result(label, frames, fn(*[frame.values for frame in frames]))
 
     def apply(source: Observable[Frame]) -> Stream:
-        if isinstance(source, Lens):
-            source.source.check_whole([s for s in sources if isinstance(s, str)], f"combine[{label}]")
         try:
-            return joined(source, sources, emit, f"combine[{label}]", allowed_lateness)
+            return joined(source, sources, emit, f"combine[{label}]", allowed_lateness, whole=True)
         except UnknownTopicError:
             # A recorded run may have what this gave, and not what it was made of.
             if isinstance(source, Lens) and source.source.recorded and label in source.source.known_topics:

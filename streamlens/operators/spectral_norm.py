@@ -147,13 +147,7 @@ def _followed(
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
         stream = tensors_of(source, topic, operator)
-
-        def whole() -> None:
-            # A model may have been sharded since.
-            if isinstance(stream, Lens):
-                stream.source.check_whole(stream.topics, f"{operator}()")
-
-        return stateful(stream, lambda: _Followed(stream.runtime, results, operator, tolerance, whole), plan)
+        return stateful(stream, lambda: _Followed(stream.runtime, results, operator, tolerance), plan)
 
     return apply
 
@@ -161,16 +155,8 @@ def _followed(
 class _Followed(OperatorNode):
     """Keeps each topic's vectors from one frame to the next."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        results: _Results,
-        operator: str,
-        tolerance: float,
-        whole: Callable[[], None],
-    ) -> None:
+    def __init__(self, runtime: Runtime, results: _Results, operator: str, tolerance: float) -> None:
         super().__init__(runtime)
-        self._whole = whole
         self._results = results
         self._operator = operator
         self._tolerance = tolerance
@@ -180,7 +166,6 @@ class _Followed(OperatorNode):
         check_whole(frame, self._operator)
         if not frame.layers:
             return None
-        self._whole()
         matrices = {name: matrix_of(value) for name, value in frame.items()}
         small = {name: m for name, m in matrices.items() if min(m.shape) <= _SMALL}
         large = {name: m for name, m in matrices.items() if name not in small}

@@ -32,10 +32,11 @@ def train_accuracy(
     Other conventions, such as that of language models which shift the labels themselves, take `metric`.
 
     The result is topic `train_accuracy` of the layer `""`, the model, one float32 in [0, 1] a step; NaN
-    where every label is ignored. Outputs that have NaN among them are wrong. Under data parallelism it is of
-    this rank's part. The cost is one pass over the outputs (two if they have three dimensions or more and
-    `class_dim` is not given; a copy of them with `metric`); nothing waits for a GPU. Streams that come from
-    no lens give a step when a later one comes.
+    where every label is ignored. Outputs that have NaN among them are wrong. Under data parallelism a Lens
+    gives that of the global batch, on every rank, with two numbers a micro-step in the message of the update;
+    any other stream gives that of this rank's part. The cost is one pass over the outputs (two if they have
+    three dimensions or more and `class_dim` is not given; a copy of them with `metric`); nothing waits for a
+    GPU. Streams that come from no lens give a step when a later one comes.
 
     Args:
         class_dim: The dimension of the outputs that counts the classes.
@@ -43,7 +44,8 @@ def train_accuracy(
         threshold: For outputs that are one number for each label (binary, multi-label): yes above it. 0
             for logits, 0.5 for probabilities.
         metric: A function of outputs and labels in place of all that, to a score for each
-            prediction, or to their mean, which then counts by the batch's examples.
+            prediction, or to their mean, which then counts by the batch's examples. Under data
+            parallelism one at the top level of a module, since the ranks tell each other of it.
 
     Returns:
         The operator.
@@ -51,8 +53,9 @@ def train_accuracy(
     Raises:
         TypeError: `metric` is no function.
         ValueError: An option that is none.
-        StreamlensError: When applied: the stream carries numbers and not tensors. While training,
-            reported: no labels came, or they do not fit the outputs.
+        StreamlensError: When applied: the stream carries numbers and not tensors; on several ranks, a
+            `metric` that does not pickle. While training, reported: no labels came, or they do not fit the
+            outputs.
     """
     scoring = Scoring("train_accuracy", class_dim, ignore_index, threshold, metric)
 
