@@ -495,6 +495,19 @@ def test_each_metric_asked_for_is_recorded(metrics_run: tuple[Path, Result]) -> 
         assert len(run.dataframe("weights.norm2")) == 3 * STEPS  # asked for twice, recorded once
 
 
+def test_a_metric_that_gives_nothing_says_why(tmp_path: Path) -> None:
+    asked = ("saturation", "loss | window(100)", "saturation(window=3)", "topic(loss) | per_epoch")
+    options = [option for text in asked for option in ("--metric", text)]
+    result = train("-m", "FullyConnected", "-e", "1", "-b", "600", "--health", *options, "--out", tmp_path)
+    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
+    # Alerts that do not come are no silence to be explained, nor is a metric that came.
+    assert len(warnings) == 2
+    for line in warnings:
+        assert "gave nothing: its first window is over after 100 steps, and the run had 3 steps" in line
+    assert warnings[0].startswith("warning: topic('activations') | layers(depth=-1) | saturation(window=100")
+    assert "window(100, mean) gave nothing" in warnings[1]
+
+
 def test_the_report_shows_each_metric_asked_for(metrics_run: tuple[Path, Result]) -> None:
     page = (metrics_run[0] / "report.html").read_text()
     for title in (

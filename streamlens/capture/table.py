@@ -215,7 +215,9 @@ class Table:
         """Compute reductions that take the tensor as a whole."""
         for reduction in reductions:
             try:
-                self._results.setdefault(reduction, {})[key] = reduction.reduce_one(tensor)
+                by_layer = reduction.by_layer
+                value = reduction.reduce_layer(str(key), tensor) if by_layer else reduction.reduce_one(tensor)
+                self._results.setdefault(reduction, {})[key] = value
             except Exception as error:
                 on_error(key, error)
 
@@ -225,7 +227,7 @@ class Table:
         """Compute reductions for many layers at once; gives those that have to go layer by layer."""
         left: list[Reduction] = []
         for reduction in reductions:
-            if isinstance(reduction, FunctionReduction):
+            if isinstance(reduction, FunctionReduction) or reduction.by_layer:
                 # It takes one tensor at a time, and must not be called twice should one of them fail.
                 left.append(reduction)
                 continue

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import streamlens as sl
+from streamlens.chain import Chain
 from streamlens.errors import StreamlensError
-from streamlens.frame import Frame
+from streamlens.frame import Frame, Kind
 from streamlens.lab.recording import Recording
 from streamlens.lab.trainer import EpochResult, Trainer
+from streamlens.operators._windowed import Epochs, StepWindows, Windowed
 from streamlens.sink import Sink
 
 __all__ = ["Session"]
@@ -50,6 +52,7 @@ class Session:
         self.show = show
         self.verbose = verbose
         self.results: list[EpochResult] = []
+        self._recorded: list[tuple[sl.Stream, Chain]] = []
         self._failures = 0
         self._out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
@@ -87,6 +90,8 @@ class Session:
                     self._warn(f"not everything was written: a sink failed or took over {_PATIENCE:.0f} s")
             if lens.engine.inert:
                 self._err.print("STREAMLENS_DISABLED is set: nothing was recorded")
+            else:
+                self._tell_silent(lens.engine.next_step)
             report = None if lens.engine.inert else recording.write_report()
         self._summarise(recording, report, seconds, interrupted=interrupted)
         if interrupted:
@@ -97,11 +102,25 @@ class Session:
         try:
             if isinstance(stream, sl.Stream):
                 # Named, since chains with operators of reactivex cannot be told apart by their plan.
-                stream.subscribe(sink, name=f"{stream.plan_text} in {type(sink).__name__}")
+                name = f"{stream.plan_text} in {type(sink).__name__}"
+                stream.subscribe(sink, name=name)
+                known = self.trainer.lens.engine.chains
+                self._recorded += [(stream, chain) for chain in known if chain.key == name]
             else:
                 stream.subscribe(sink)
         except StreamlensError as error:
             self._warn(f"{error}; it is left out there")
+
+    def _tell_silent(self, steps: int) -> None:
+        """Say of which metrics nothing came, and why; alerts are silent where all is well."""
+        silent: dict[str, sl.Stream] = {}
+        for stream, chain in self._recorded:
+            if stream.kind is not Kind.EVENT and not chain.counts["frames"]:
+                silent[stream.plan_text] = stream
+        for plan, stream in silent.items():
+            # Without what the command line itself has put in front and behind.
+            shown = plan.removeprefix("observe() | ").removesuffix(" | <_compose>")
+            self._err.print(f"warning: {shown} gave nothing: {_why_silent(stream, steps)}")
 
     def _train(self) -> None:
         steps = self.trainer.steps
@@ -179,6 +198,20 @@ class _ConsoleHandler(logging.Handler):
         """Print a record."""
         line = self.format(record) if self._tracebacks else f"warning: {record.getMessage()}"
         self._console.print(line)
+
+
+def _why_silent(stream: sl.Stream, steps: int) -> str:
+    """Why nothing came of a stream in a run of so many steps."""
+    windows = stream.windows if isinstance(stream, Windowed) else None
+    counted = f"{steps} step{'s' * (steps != 1)}"
+    if isinstance(windows, StepWindows) and windows.size > steps:
+        return (
+            f"its first window is over after {windows.size} steps, and the run had {counted}; "
+            "train for longer, or give it a shorter window"
+        )
+    if isinstance(windows, Epochs):
+        return f"no epoch was over after {counted}"
+    return f"nothing that it is made of came in {counted}; --verbose shows the plan"
 
 
 def _accuracies(result: EpochResult) -> list[str]:

@@ -231,6 +231,12 @@ def loss_surface(
             "batches are fixed, so take a few from a loader: list(itertools.islice(loader, 4))"
         )
     given = (batch,) if batches is None else tuple(batches)
+    if batches is None and _is_several(batch):
+        raise TypeError(
+            f"{operator}(batch=...) takes one pair (inputs, labels), and was given what looks like several: "
+            "pass them as batches=[(inputs, labels), ...] (and one whose inputs and labels are alike, two "
+            "tensors each, as batches=[batch])"
+        )
     for entry in given:
         if not isinstance(entry, list | tuple) or len(entry) != 2:
             raise TypeError(f"{operator}() takes a batch as a pair (inputs, labels), got {_shown(entry)}")
@@ -243,6 +249,27 @@ def loss_surface(
         raise ValueError(f"{operator}(seed={seed!r}): a whole number from 0 on")
     pairs = tuple(cast("Batch", tuple(entry)) for entry in given if entry is not None)
     return LossSurface(operator, loss, pairs, mode, LayerSelector(globs=tuple(globs)), seed)
+
+
+def _is_several(batch: object) -> bool:
+    """Whether it is a list of pairs (inputs, labels), and not a pair, as far as anything tells them apart."""
+    if not isinstance(batch, list | tuple) or not batch:
+        return False
+    if not all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in batch):
+        return False
+    # Inputs and labels that are two tensors each may be a pair; alike in every respect they are not.
+    return len(batch) != 2 or _form(batch[0]) == _form(batch[1])
+
+
+def _form(value: Any) -> Any:
+    """Types and shapes in nested containers, but for the number of examples."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape[1:]
+    if isinstance(value, Mapping):
+        return {key: _form(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_form(entry) for entry in value]
+    return type(value)
 
 
 def _shown(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from torch import Tensor, nn
@@ -98,6 +98,10 @@ class UnitDimensions:
     def __init__(self, given: int | None, modules: Mapping[str, nn.Module] | None = None) -> None:
         self._given = given
         self._by_layer = unit_dimensions(modules) if given is None and modules else {}
+
+    def of_topics(self, topics: Sequence[str]) -> Mapping[str, int]:
+        """What the modules say of topics, by layer; nothing where the user has said it, or they do not."""
+        return self._by_layer if topics and set(topics).issubset(_OF_OUTPUTS) else {}
 
     @classmethod
     def of_stream(cls, stream: Stream, given: int | None) -> UnitDimensions:

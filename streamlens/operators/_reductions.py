@@ -303,13 +303,17 @@ def reduce_frame(
     values = frame.values
     layers = frame.layers
     try:
-        reduced = reduce_values(values, reduction)
+        reduced = None if reduction.by_layer else reduce_values(values, reduction)
     except Exception:
+        reduced = None
+    if reduced is None:
         # One layer must not take the others with it; whose fault it was shows one by one.
         results: dict[str, Tensor] = {}
         for layer, value in frame.items():
             try:
-                results[layer] = reduction.reduce([value])[0]
+                by_layer = reduction.by_layer
+                one = reduction.reduce_layer(layer, value) if by_layer else reduction.reduce([value])[0]
+                results[layer] = one
             except Exception as error:
                 on_error(layer, error)
         if not results:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,9 +44,13 @@ class DeadFraction(Reduction):
 
     Attributes:
         unit_dim: The dimension that counts the units; by the number of dimensions if None.
+        by_module: What the modules say of it, by layer, where they do.
     """
 
     unit_dim: int | None = None
+    by_module: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    by_layer: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -54,12 +59,21 @@ class DeadFraction(Reduction):
 
     def reduce(self, tensors: Sequence[Tensor]) -> Tensor:
         """Shares in [0, 1]; NaN for an output without units or examples. NaN counts as alive."""
-        return torch.stack([self._dead(tensor) for tensor in tensors])
+        return torch.stack([_dead(tensor, self.unit_dim) for tensor in tensors])
 
-    def _dead(self, outputs: Tensor) -> Tensor:
-        if outputs.numel() == 0:
-            return outputs.new_full((), torch.nan, dtype=torch.float32)
-        return 1 - alive_units(outputs, self.unit_dim).float().mean()
+    def reduce_layer(self, layer: str, tensor: Tensor) -> Tensor:
+        """The share of the units that the layer's module has."""
+        dim = self.unit_dim
+        if dim is None and tensor.ndim >= 3:
+            dim = self.by_module.get(layer.partition("@")[0])
+        with torch.no_grad():
+            return _dead(tensor, dim)
+
+
+def _dead(outputs: Tensor, unit_dim: int | None) -> Tensor:
+    if outputs.numel() == 0:
+        return outputs.new_full((), torch.nan, dtype=torch.float32)
+    return 1 - alive_units(outputs, unit_dim).float().mean()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from streamlens.errors import StreamlensError
 from streamlens.frame import Frame, Kind
+from streamlens.lens import Lens
 from streamlens.nodes import stateful
+from streamlens.operators._layout import UnitDimensions
 from streamlens.operators._places import check_unit_dim
 from streamlens.operators._raw_windows import Gathered, RawWindow, check_window
 from streamlens.operators._tensors import tensors_of
@@ -44,9 +46,9 @@ def dead_fraction(
     Args:
         topic: The topic; None takes the stream as it is.
         window: Steps in a window; each batch by itself unless given.
-        unit_dim: The dimension that counts the units. Unless given, a window on a Lens tells it by the
-            module's class, as `saturation` does; single batches are reduced without their module, so that
-            outputs of `nn.Conv1d`, (N, C, L), and of a ReLU after it need 1 there.
+        unit_dim: The dimension that counts the units. Unless given, a Lens tells it by the module's class, as
+            `saturation` does: 1 for `nn.Conv1d`, whose outputs are (N, C, L), and for a ReLU after it in an
+            `nn.Sequential`. A stream that knows no model goes by the shape: there these need 1.
 
     Returns:
         The operator.
@@ -59,7 +61,7 @@ def dead_fraction(
     operator = "dead_fraction"
     check_unit_dim(operator, unit_dim)
     if window is None:
-        return reduction_operator(DeadFraction(unit_dim), topic, operator)
+        return _of_batches(topic, unit_dim, reduction_operator(DeadFraction(unit_dim), topic, operator))
     check_window(operator, window)
     steps = window
 
@@ -71,6 +73,19 @@ def dead_fraction(
 
         result = stateful(stream, make, f"{operator}(window={steps})", marks=True, kind=Kind.STEP)
         return Windowed.of(result, StepWindows(steps, steps))
+
+    return apply
+
+
+def _of_batches(topic: str | None, unit_dim: int | None, by_shape: Operator) -> Operator:
+    """The reduction of single batches, which knows the modules' units where there is a model."""
+
+    def apply(source: Observable[Frame]) -> Observable[Frame]:
+        if not isinstance(source, Stream):
+            return by_shape(source)
+        topics = (topic,) if topic is not None else source.view.topics if isinstance(source, Lens) else ()
+        reduction = DeadFraction(unit_dim, UnitDimensions.of_stream(source, unit_dim).of_topics(topics))
+        return reduction_operator(reduction, topic, "dead_fraction")(source)
 
     return apply
 

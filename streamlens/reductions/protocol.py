@@ -33,6 +33,8 @@ class Reduction:
     Where all layers of a pass have it, no frame is made of its activations, but for the first steps after
     others had come, so that it shows that they are over.
     """
+    by_layer: ClassVar[bool] = False
+    """Whether what becomes of a tensor depends on the layer that it is of; see `reduce_layer`."""
     components: tuple[str, ...] = ()
 
     @property
@@ -63,6 +65,15 @@ class Reduction:
         """The value of one tensor, which may be kept."""
         with torch.no_grad():
             return self.reduce([tensor])[0].clone()
+
+    def reduce_layer(self, layer: str, tensor: Tensor) -> Tensor:
+        """The value of one layer's tensor, which may be kept.
+
+        Args:
+            layer: The layer, with the number of its call if it has one.
+            tensor: What is taken of it.
+        """
+        return self.reduce_one(tensor)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The value of a whole from the values of its parts, each `[layers, ...]`.

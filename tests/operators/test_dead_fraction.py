@@ -78,6 +78,77 @@ def test_on_a_lens_it_is_pushed_down_and_equals_the_outputs() -> None:
     assert any(wanted)
 
 
+class Sequences(nn.Module):
+    """Channels first, then features last, also in four dimensions: shapes alone tell these apart wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv, linear = nn.Conv1d(2, 6, 3), nn.Linear(6, 9)
+        with torch.no_grad():
+            for bias, dead in ((conv.bias, 2), (linear.bias, 5)):
+                assert bias is not None
+                bias.copy_(torch.where(torch.arange(len(bias)) < dead, -9.0, 1.0))
+        self.first, self.then = nn.Sequential(conv, nn.ReLU()), nn.Sequential(linear, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.then(self.first(x).transpose(1, 2)[:, :, None, :])
+        return out
+
+
+def test_on_a_lens_units_are_those_of_the_modules_whatever_the_shape() -> None:
+    torch.manual_seed(0)
+    model = Sequences()
+    wanted: list[float] = []
+    model.get_submodule("first.1").register_forward_hook(
+        lambda *a: wanted.append(dead_by_hand(a[2].detach(), 1))
+    )
+    model.get_submodule("then.1").register_forward_hook(
+        lambda *a: wanted.append(dead_by_hand(a[2].detach(), 3))
+    )
+    with observed(model) as lens:
+        got = record(lens, sl.layers(nn.ReLU), sl.dead_fraction())
+        by_health = record(lens, sl.dead_units(share=0.3, start=(1, 1)))
+        model(torch.randn(3, 2, 8)).sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    (frame,) = got
+    assert frame.layers == ("first.1", "then.1")
+    assert [float(frame[name]) for name in frame.layers] == pytest.approx(wanted)
+    assert wanted == pytest.approx([2 / 6, 5 / 9])
+    assert [alert.layers for alert in by_health] == [("first.1", "then.1")]
+
+
+def test_on_a_lens_a_dimension_that_is_named_holds_for_all() -> None:
+    model = Sequences()
+    with observed(model) as lens:
+        (_, last) = (record(lens, sl.dead_fraction(unit_dim=d)) for d in (1, -1))
+        outputs: list[Tensor] = []
+        handle = model.get_submodule("first.1").register_forward_hook(
+            lambda *a: outputs.append(a[2].detach())
+        )
+        model(torch.randn(1, 2, 8)).sum().backward()
+    handle.remove()
+    assert float(last[0]["first.1"]) == pytest.approx(dead_by_hand(outputs[0], 2))
+
+
+def test_modules_say_nothing_of_other_topics() -> None:
+    conv = nn.Conv1d(3, 4, 2)
+    model = nn.Sequential(conv)
+    with torch.no_grad():
+        conv.weight[:, :, 0] = 0.0
+    with observed(model) as lens:
+        (got,) = (record(lens, sl.dead_fraction("weights")),)
+        model(torch.randn(2, 3, 5)).sum().backward()
+        torch.optim.SGD(model.parameters(), 0.0).step()
+    assert float(got[0]["0"]) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.complex64, torch.float64])
+def test_outputs_of_any_type_have_units(dtype: torch.dtype) -> None:
+    outputs = torch.tensor([[0, 1, 0], [0, 0, 1]]).to(dtype)
+    (got,) = run(sl.dead_fraction(), [acts(0, {"a": outputs})])
+    assert float(got["a"]) == pytest.approx(1 / 3)
+
+
 def test_edge_shapes_and_nan() -> None:
     values = {
         "none": torch.zeros(0, 3),

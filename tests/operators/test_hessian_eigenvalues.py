@@ -430,6 +430,24 @@ def test_a_detached_loss_is_an_error_that_says_so() -> None:
 X, Y = classification((6,))
 
 
+def test_inputs_and_labels_of_two_tensors_each_are_one_batch() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(a), self.other(b)
+
+    def loss(outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+        total: Tensor = LOSS(outputs[0], labels[0]) + LOSS(outputs[1], labels[1])
+        return total
+
+    x, y = torch.randn(8, 6), torch.randint(0, 2, (8,))
+    (frame,) = taken(Two(), batch=((x, -x), (y, 1 - y)), loss=loss)
+    assert frame.meta["converged"] == 5
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -438,6 +456,8 @@ X, Y = classification((6,))
         ({"batch": (X, Y), "batches": [(X, Y)]}, ValueError, "either batch="),
         ({"batch": X}, TypeError, r"a batch as a pair \(inputs, labels\), got Tensor"),
         ({"batch": (X, Y, Y)}, TypeError, "a batch as a pair.*got a tuple of 3"),
+        ({"batch": [(X, Y), (X[:3], Y[:3])]}, TypeError, r"looks like several: pass them as batches=\[\("),
+        ({"batch": ((X, Y),) * 3}, TypeError, "looks like several"),
         ({"batches": iter([(X, Y)])}, TypeError, r"a list of pairs.*islice\(loader, 4\)"),
         ({"batches": []}, TypeError, "a list of pairs"),
         ({"batches": [X]}, TypeError, "a batch as a pair"),
