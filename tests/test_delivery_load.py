@@ -5,9 +5,11 @@ Nothing is lost at a healthy sink, what is lost at others is counted and said on
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import streamlens as sl
@@ -25,7 +28,7 @@ from streamlens.delivery import Delivery, SinkStats
 from streamlens.frame import Frame
 from streamlens.runs import read_run
 from streamlens.sink import RunInfo, Sink
-from streamlens.sinks import CSV, Parquet, RunStore, TensorBoard
+from streamlens.sinks import CSV, JSONLines, Parquet, RunStore, TensorBoard
 from tests._runs import small_model
 
 NOBODY = 65534
@@ -168,6 +171,7 @@ class Training:
         self.sinks: dict[str, Sink] = {
             "RunStore": RunStore(folder / "run.db"),
             "CSV": CSV(folder / "run.csv"),
+            "JSONLines": JSONLines(folder / "run.jsonl"),
             "Parquet": Parquet(folder / "run.parquet"),
             "TensorBoard": TensorBoard(folder / "events"),
             "Counting": Counting(),
@@ -246,6 +250,7 @@ def numbers_of(folder: Path) -> dict[str, set[int]]:
     return {
         "RunStore": stored,
         "CSV": set(pd.read_csv(folder / "run.csv")["step"]),
+        "JSONLines": {json.loads(line)["step"] for line in (folder / "run.jsonl").read_text().splitlines()},
         "Parquet": set(parquet["step"]),
     }
 
@@ -287,8 +292,51 @@ def test_training_goes_on_through_trouble_and_what_was_lost_is_counted_and_said_
             # And the cause, once while it goes on.
             assert len([line for line in said if line.startswith(f"sink {name} failed")]) <= 2
     # An open file needs no permission, and Parquet holds what it cannot write until it can.
-    assert lossy == (
-        {"RunStore", "CSV", "TensorBoard", "LateStore"} if trouble is full_disk else {"LateStore"}
-    )
+    full = {"RunStore", "CSV", "JSONLines", "TensorBoard", "LateStore"}
+    assert lossy == (full if trouble is full_disk else {"LateStore"})
     with read_run(late.path) as stored:
         assert [frame.step for frame in stored.frames()] == list(range(40, 60))
+
+
+@pytest.mark.parametrize("what", ["the folder", "its files"])
+def test_files_that_are_removed_are_begun_anew_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Training(folder)
+    run.train(20)
+    if what == "the folder":
+        shutil.rmtree(folder)
+    else:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.unlink()
+    run.train(20)
+    assert run.lens.close(20)
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in trained_alone(40).items())
+    # Parquet still has the file that it had not finished.
+    newer = set(range(20, 40))
+    assert numbers_of(folder) == dict.fromkeys(("RunStore", "CSV", "JSONLines"), newer) | {
+        "Parquet": set(range(40))
+    }
+    events = EventAccumulator(str(folder / "events")).Reload()
+    assert {event.step for event in events.Scalars("weights.norm2/0")} == newer
+    assert all(stats.written == stats.emitted == 40 for stats in run.stats().values())
+    said = [record.getMessage() for record in caplog.records]
+    # With its folder Parquet's is gone, and without a file in it that is no loss.
+    assert len(said) == (5 if what == "the folder" else 4)
+    assert all("was removed while a run wrote it: a new file has what comes" in line for line in said)
+
+
+def test_a_folder_that_is_moved_takes_the_open_files_along(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Training(folder)
+    run.train(10)
+    folder.rename(tmp_path / "elsewhere")
+    run.train(10)
+    run.lens.close(20)
+    with read_run(tmp_path / "elsewhere" / "run.db") as stored:
+        assert [frame.step for frame in stored.frames()] == list(range(20))
+    assert set(pd.read_csv(tmp_path / "elsewhere" / "run.csv")["step"]) == set(range(20))

@@ -138,6 +138,11 @@ class WriterLock:
         self._sign(descriptor)
         return descriptor
 
+    @property
+    def stayed(self) -> bool:
+        """Whether its file is where it was, or in no folder at all: it was not moved elsewhere."""
+        return os.fstat(self._descriptor).st_nlink == 0 or self._is_current(self._descriptor)
+
     def _is_current(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), self._file.stat())
@@ -181,7 +186,8 @@ class WriterLock:
         # A forked child (a data loader's worker) shares the lock: it must not end its parent's.
         if os.getpid() == self._process:
             try:
-                if sys.platform != "win32":  # which removes no open file
+                # Windows removes no open file; another's that came in its place is not ours to remove.
+                if sys.platform != "win32" and self._is_current(descriptor):
                     self._file.unlink(missing_ok=True)
                 _unlock(descriptor)
             except OSError:

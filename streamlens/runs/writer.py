@@ -96,6 +96,7 @@ class RunWriter:
         try:
             self._db = open_store(self._path)
             try:
+                self._identity = self._path.stat()
                 self._limit = self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_RESERVE
                 self._rollups = RollUps(self._db)
                 self._forget()
@@ -114,6 +115,16 @@ class RunWriter:
     def path(self) -> Path:
         """The file, symbolic links resolved."""
         return self._path
+
+    @property
+    def removed(self) -> bool:
+        """Whether the file was removed or replaced meanwhile; moved with its folder it is not."""
+        try:
+            return not os.path.samestat(self._path.stat(), self._identity)
+        except FileNotFoundError:
+            return self._lock.stayed
+        except OSError:
+            return False  # nobody can tell, and what is open can be written
 
     def write(self, frames: Sequence[Frame], wall_times: Sequence[float] | None = None) -> None:
         """Store frames of host tensors, all or none of them, in one transaction.

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Final, Self
 
-__all__ = ["AppendFile"]
+__all__ = ["AppendFile", "say_removed"]
+
+_log: Final = logging.getLogger("streamlens")
+
+
+def say_removed(path: Path) -> None:
+    """Log that a file went while a run wrote it, for the sink that begins another in its place."""
+    _log.warning("%s was removed while a run wrote it: a new file has what comes from now on", path)
 
 
 class AppendFile:
@@ -56,6 +65,11 @@ class AppendFile:
     def fileno(self) -> int:
         """The operating system's number of the open file."""
         return self._file.fileno()
+
+    @property
+    def removed(self) -> bool:
+        """Whether it lies in no folder any more, so that nobody will ever read what is appended."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
 
     def append(self, data: bytes) -> None:
         """Append a piece; if that fails, the file ends where it did before.

@@ -40,6 +40,11 @@ class EventFile:
         self.path = folder / f"events.out.tfevents.{unique}"
         self._file = AppendFile.create(self.path)
 
+    @property
+    def removed(self) -> bool:
+        """Whether nobody will ever read what is appended."""
+        return self._file.removed
+
     def append(self, events: Iterable[bytes]) -> None:
         """Append serialized events; if that fails, the file ends where it did before.
 

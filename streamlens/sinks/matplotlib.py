@@ -172,6 +172,7 @@ class Matplotlib(Sink):
             self.path, _ = first_claimed(wanted, _new)
             self._written = True
         assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed
         # Beside its place first: whoever looks finds a whole picture.
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:

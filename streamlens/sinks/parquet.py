@@ -15,6 +15,7 @@ from streamlens.errors import SinkError, missing_package
 from streamlens.frame import Frame
 from streamlens.runs.lock import try_lock
 from streamlens.sink import RunInfo, Sink
+from streamlens.sinks._append_file import say_removed
 from streamlens.sinks._json import dumps, plain
 from streamlens.sinks._run_file import first_claimed, has_gone_back, must_go_back
 from streamlens.sinks._values import number_cells
@@ -211,6 +212,9 @@ class Parquet(Sink):
     def _replace(self, part: Path, table: Any) -> None:
         """Write a file beside its place, then put it there, so that it is whole or as it was."""
         beside = part.with_name(f".{part.name}")
+        if not part.parent.is_dir():
+            say_removed(part.parent)
+            part.parent.mkdir(parents=True)
         try:
             self._pq.write_table(table, beside)
             beside.replace(part)

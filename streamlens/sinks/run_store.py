@@ -11,6 +11,7 @@ from streamlens.frame import Frame
 from streamlens.runs.origin import origin
 from streamlens.runs.writer import RunWriter
 from streamlens.sink import RunInfo, Sink
+from streamlens.sinks._append_file import say_removed
 
 __all__ = ["RunStore"]
 
@@ -36,7 +37,8 @@ class RunStore(Sink):
 
     Whatever keeps the file from being written (a folder without write permission, a full disk, a
     file that is no run store or that another run is writing) is a `RunStoreError`, which is
-    reported while training goes on. Later writes try again.
+    reported while training goes on. Later writes try again. Where the file is removed meanwhile, a new one
+    is begun.
 
     Args:
         path: The file; it and its folder are made if need be.
@@ -50,6 +52,7 @@ class RunStore(Sink):
         super().__init__()
         # Made absolute at once: the worker may open the file after the program changed its folder.
         self.path = Path(path).absolute()
+        self._run: RunInfo | None = None
         self._writer: RunWriter | None = None
 
     def open(self, run: RunInfo) -> None:
@@ -58,6 +61,7 @@ class RunStore(Sink):
         Raises:
             RunStoreError: The file cannot be used.
         """
+        self._run = run
         self._writer = RunWriter(
             self.path,
             run.id,
@@ -74,12 +78,22 @@ class RunStore(Sink):
         Raises:
             RunStoreError: The file cannot be written.
         """
-        if self._writer is None:
+        if self._run is None:
             raise RunStoreError(f"{self!r} was given frames while it was closed: call open(run) first")
+        if self._writer is not None and self._writer.removed:
+            say_removed(self.path)
+            self._shut()
+        if self._writer is None:
+            self.open(self._run)
+        assert self._writer is not None
         self._writer.write(frames, self.wall_times(frames))
 
     def close(self) -> None:
         """Merge what was written into the one file, and let others write it."""
+        self._run = None
+        self._shut()
+
+    def _shut(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()

@@ -12,6 +12,7 @@ from streamlens.errors import missing_package
 from streamlens.frame import Frame
 from streamlens.reductions import bin_edges
 from streamlens.sink import RunInfo, Sink, ValueKind
+from streamlens.sinks._append_file import say_removed
 from streamlens.sinks._histograms import Histogram, histogram_of
 from streamlens.sinks._names import ANY_TEXT
 from streamlens.sinks._values import host_values, stacked_values
@@ -74,6 +75,7 @@ class TensorBoard(Sink):
         self._histogram: Any = summary_pb2.HistogramProto
         self._text_metadata = text_metadata.create_summary_metadata(display_name=None, description=None)
         self._templates: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+        self._run: RunInfo | None = None
         self._file: EventFile | None = None
 
     def open(self, run: RunInfo) -> None:
@@ -84,6 +86,7 @@ class TensorBoard(Sink):
         """
         from streamlens.sinks._event_file import EventFile
 
+        self._run = run
         try:
             self._file = EventFile(self.logdir)
         except OSError as error:
@@ -105,16 +108,26 @@ class TensorBoard(Sink):
         Raises:
             OSError: They could not be written; the file is as before then.
         """
-        assert self._file is not None, "a sink is opened before it is written"
+        assert self._run is not None, "a sink is opened before it is written"
+        if self._file is not None and self._file.removed:
+            say_removed(self._file.path)
+            self._shut()
+        if self._file is None:
+            self.open(self._run)
+        assert self._file is not None
         times = self.wall_times(frames)
         self._file.append([self._event(f, at) for f, at in zip(frames, times, strict=True)])
 
     def close(self) -> None:
         """Close the event file."""
+        self._run = None
+        self._shut()
+        self._templates.clear()
+
+    def _shut(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._templates.clear()
 
     def _event(self, frame: Frame, wall_time: float) -> bytes:
         text = frame.meta.get("text")

@@ -21,7 +21,7 @@ from streamlens.delivery import Delivery
 from streamlens.frame import Frame
 from streamlens.operators import histogram
 from streamlens.sink import RunInfo
-from streamlens.sinks._event_file import EventFile, crc32c
+from streamlens.sinks._event_file import crc32c
 from streamlens.sinks.tensorboard import TensorBoard
 
 RUN = RunInfo(id="f00d")
@@ -182,7 +182,10 @@ def test_a_resumed_run_hides_the_later_steps_of_an_earlier_attempt(tmp_path: Pat
 
 
 def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = EventFile(tmp_path)
+    sink = TensorBoard(tmp_path)
+    sink.open(RUN)
+    file = sink._file
+    assert file is not None
     real = file._file._file
 
     class Full:
@@ -193,8 +196,6 @@ def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytes
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
-    sink = TensorBoard(tmp_path)
-    sink._file = file
     sink.write([norms(0, [1.0])])
     size = file.path.stat().st_size
     monkeypatch.setattr(file._file, "_file", Full())
