@@ -35,6 +35,7 @@ from streamlens.topics import optimizer_state
 
 if TYPE_CHECKING:
     from streamlens import views
+    from streamlens.views.live import live
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "UnmergeableError",
     "__version__",
     "control",
+    "live",
     "observe",
     "operators",
     "optimizer_state",
@@ -73,4 +75,6 @@ def __getattr__(name: str) -> Any:
     # Charts are there when they are asked for: whoever only records does not wait for Altair.
     if name == "views":
         return importlib.import_module("streamlens.views")
+    if name == "live":
+        return importlib.import_module("streamlens.views.live").live
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

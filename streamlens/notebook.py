@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-__all__ = ["CellKey", "current_cell"]
+__all__ = ["CellKey", "current_cell", "notebook_shell"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class CellKey:
 
 def current_cell() -> CellKey | None:
     """The cell that is running, or None outside a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell: Any = ipython.get_ipython() if ipython is not None else None
+    shell = _shell()
     if shell is None:
         return None
     parent = getattr(shell, "parent_header", None) or {}
@@ -39,6 +38,17 @@ def current_cell() -> CellKey | None:
     if not cell:
         cell = _outermost_cell_file()
     return CellKey(str(cell), int(getattr(shell, "execution_count", 0))) if cell else None
+
+
+def notebook_shell() -> Any:
+    """IPython's shell if it serves a notebook, or another front end that shows more than text; else None."""
+    shell = _shell()
+    return shell if getattr(shell, "kernel", None) is not None else None
+
+
+def _shell() -> Any:
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None else None
 
 
 def _outermost_cell_file() -> str | None:

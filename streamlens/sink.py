@@ -10,7 +10,7 @@ import atexit
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
@@ -116,6 +116,14 @@ class Sink(ObserverBase[Frame], ABC):
 
     def close(self) -> None:
         """Let go of what `open` took."""
+
+    def subscribed(self, dispose: Callable[[], None]) -> None:
+        """Get to know that a chain ends here from now on; by default that is of no interest.
+
+        Args:
+            dispose: Ends the chain, for a sink that ends before the run does. Called on the thread that
+                observes and trains.
+        """
 
     def wall_times(self, frames: Sequence[Frame]) -> Sequence[float]:
         """When each of these frames was emitted, for use within `write`.

@@ -185,6 +185,8 @@ class Stream(Observable[Frame]):
         if terminal.ended:
             return Disposable()
         self.runtime.add_chain(chain)
+        if isinstance(on_next, Sink):
+            on_next.subscribed(terminal.dispose)
         return Disposable(terminal.dispose)
 
     def check_subscribable(self) -> None:

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from streamlens.sinks.tensorboard import TensorBoard
     from streamlens.sinks.wandb import WandB
     from streamlens.sinks.webhook import Webhook
+    from streamlens.views.live import LiveChart
 
 __all__ = [
     "CSV",
     "Callback",
     "Console",
     "JSONLines",
+    "LiveChart",
     "MLflow",
     "Matplotlib",
     "Parquet",
@@ -48,6 +50,8 @@ _HOMES: Final = {
     "Callback": "streamlens.sinks.callback",
     "Console": "streamlens.sinks.console",
     "JSONLines": "streamlens.sinks.json_lines",
+    # It draws with the views, which know sinks and not the other way round.
+    "LiveChart": "streamlens.views.live",
     "Matplotlib": "streamlens.sinks.matplotlib",
     "Parquet": "streamlens.sinks.parquet",
     "MLflow": "streamlens.sinks.mlflow",

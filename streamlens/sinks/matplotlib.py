@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 from streamlens.errors import missing_package
 from streamlens.frame import Frame
+from streamlens.notebook import notebook_shell
 from streamlens.sink import RunInfo, Sink, ValueKind
 from streamlens.sinks._chart import Chart
 from streamlens.sinks._run_file import first_claimed
@@ -104,7 +104,7 @@ class Matplotlib(Sink):
     @staticmethod
     def can_show() -> bool:
         """Whether there is something to draw on live: a notebook or, as far as is known, a screen."""
-        return _shell() is not None or has_screen()
+        return notebook_shell() is not None or has_screen()
 
     def open(self, run: RunInfo) -> None:
         """Begin a picture, or go on with the one of this run."""
@@ -213,16 +213,9 @@ def _new(path: Path) -> Path | None:
     return path
 
 
-def _shell() -> Any:
-    """The notebook's shell, if this is one."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell if getattr(shell, "kernel", None) is not None else None
-
-
 def _display() -> Any:
     """A place in the notebook's cell that is running, to be filled from any thread; None elsewhere."""
-    if _shell() is None:
+    if notebook_shell() is None:
         return None
     display: Any = importlib.import_module("IPython.display").display
     return display(_Waiting(), display_id=True)

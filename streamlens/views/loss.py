@@ -23,10 +23,14 @@ from streamlens.views.marks import (
 from streamlens.views.rates import largest_rate
 from streamlens.views.series import Series, draw_table, exponential_average, split
 
-__all__ = ["loss"]
+__all__ = ["AVERAGE", "EACH", "loss"]
 
-_EACH: Final = "each step"
-_AVERAGE: Final = "moving average"
+EACH: Final = "each step"
+"""What the column `kind` says of the loss itself."""
+
+AVERAGE: Final = "moving average"
+"""What it says of its average."""
+
 _MOST_CHANGES: Final = 20
 
 
@@ -74,7 +78,7 @@ def loss(
     points, flags = draw_table(raw, max_points - max_points // 3, log=log)
     means, _ = draw_table(average, max_points // 3, log=log)
     # A gap in the average stands where the loss has its mark already.
-    table = pd.concat([points.assign(kind=_EACH), means.assign(kind=_AVERAGE)], ignore_index=True)
+    table = pd.concat([points.assign(kind=EACH), means.assign(kind=AVERAGE)], ignore_index=True)
     chart = _draw(table, flags, [line.name for line in raw], title, log=log, limits=limits)
     changes = pd.DataFrame() if learning_rate is None else _changes(learning_rate)
     if 0 < len(changes) <= _MOST_CHANGES:
@@ -118,7 +122,7 @@ def _draw(
     log: bool,
     limits: Limits | None,
 ) -> alt.LayerChart:
-    kinds = [_EACH, _AVERAGE]
+    kinds = [EACH, AVERAGE]
     legend = alt.Legend(title=None, symbolType="stroke")
     base = alt.Chart(table, width=WIDTH, height=240).encode(
         x=step_axis(limits), y=value_axis(title, log=log), detail="series:N"

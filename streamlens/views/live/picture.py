@@ -1,0 +1,68 @@
+"""What stays in a saved notebook: the charts as one Vega-Lite chart, and as a picture."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
+
+import altair as alt
+
+from streamlens.views.sources import AnyChart, filled
+from streamlens.views.stack import stack
+from streamlens.views.theme import themed
+
+__all__ = ["MIME", "bundle", "together"]
+
+MIME: Final = "application/vnd.vegalite.v5+json"
+"""What JupyterLab, nbclassic and VS Code draw by themselves: they ship Vega-Lite 5."""
+
+_SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v5.json"
+"""Says which version the specification is written in; nobody loads it."""
+
+
+def together(
+    charts: Sequence[tuple[str, AnyChart]], rows: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Charts, one below the other, as one specification with its data.
+
+    Args:
+        charts: Title and chart of each.
+        rows: The rows of topics that charts have only the names of.
+    """
+    titled = [
+        cast("alt.LayerChart", chart.properties(title=title) if title else chart) for title, chart in charts
+    ]
+    specification = filled(themed(stack(*titled)), rows)
+    specification["$schema"] = _SCHEMA
+    return specification
+
+
+def bundle(specification: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a notebook's output holds of the charts, by kind.
+
+    Args:
+        specification: What `together` made; None where there is nothing to show.
+
+    Returns:
+        The Vega-Lite chart, a PNG where vl-convert is installed, and words.
+    """
+    if specification is None:
+        return {"text/plain": "streamlens draws the run here"}
+    shown: dict[str, Any] = {MIME: specification, "text/plain": "streamlens: charts of a run"}
+    png = _png(specification)
+    if png is None:
+        shown["text/plain"] += " (a picture comes with pip install 'streamlens[export]')"
+    else:
+        shown["image/png"] = base64.b64encode(png).decode("ascii")
+    return shown
+
+
+def _png(specification: Mapping[str, Any]) -> bytes | None:
+    try:
+        vl_convert = importlib.import_module("vl_convert")
+    except ImportError:
+        return None
+    own = {key: value for key, value in specification.items() if key != "$schema"}
+    return cast("bytes", vl_convert.vegalite_to_png(own))
