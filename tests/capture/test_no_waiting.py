@@ -41,7 +41,7 @@ WHOLE = [name for name in NAMES if name not in EVALUATES]
 def nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies to the host never arrive, so that alerts, which are made of them, wait for ever."""
     monkeypatch.setattr(Burst, "arrived", False)
-    # Shapes are computed slowly there: one topic of each moment is enough.
+    # So is one topic of each moment.
     monkeypatch.setattr(
         shipped, "REDUCIBLE", ["activations", "layer_gradients", "weight_gradients", "weights"]
     )
@@ -50,16 +50,17 @@ def nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(model: nn.Module, criterion: nn.Module, steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     x, y = torch.empty(6, 4, device="meta"), torch.empty(6, dtype=torch.long, device="meta")
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
-        for part in (slice(0, 3), slice(3, 6)):
+        # One step of two micro-batches is enough: shapes are computed slowly there.
+        for part in (slice(0, 3), slice(3, 6))[: 1 if step else 2]:
             criterion(model(x[part]), y[part]).backward()
         optimizer.step()
 
 
 def watched(*names: str, with_chain: Any = None) -> tuple[dict[str, int], list[ErrorReport]]:
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
     criterion = nn.CrossEntropyLoss()
     reports: list[ErrorReport] = []
     counts = dict.fromkeys(names, 0)
@@ -79,8 +80,9 @@ def watched(*names: str, with_chain: Any = None) -> tuple[dict[str, int], list[E
 
 def test_no_operator_reads_a_value_while_training() -> None:
     counts, reports = watched(*WHOLE)
-    # An optimizer that lacks a state says so.
-    assert [str(r) for r in reports if "momentum_buffer" not in str(r)] == []
+    # An optimizer that lacks a state says so, and so does what needs micro-batches at every step.
+    said = ("momentum_buffer", "this run has one a step")
+    assert [str(r) for r in reports if not any(text in str(r) for text in said)] == []
     silent = {name for name, count in counts.items() if not count}
     waiting = {*sl.operators.alerts.__all__, "when", "flight_recorder", "per_epoch"}
     assert silent <= waiting, "an operator gives something, unless it waits for an alert or an epoch"
