@@ -12,6 +12,7 @@ import typer
 from streamlens.lab.choices import Visualisation, built, known, loaded, positive, shown_as
 from streamlens.lab.plugin_command import list_plugins
 from streamlens.lab.replay_command import replay
+from streamlens.lab.report_command import report
 from streamlens.lab.run_commands import export, runs
 from streamlens.lab.ui_command import ui
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(runs, name="runs")
 app.command()(export)
 app.command()(replay)
+app.command()(report)
 app.command("plugins")(list_plugins)
 app.command("ui")(ui)
 

@@ -16,27 +16,41 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from streamlens.runs import read_run
+import altair as alt
+
 from streamlens.views.alerts import alert_list, no_alerts, rules_of
 from streamlens.views.heading import heading
-from streamlens.views.sections import ModelRows, ReadableRun, Section, label_width, read_models, sections
+from streamlens.views.reading import read_thinned, readable
+from streamlens.views.sections import ModelRows, ReadableRun, Section, label_width, sections
+from streamlens.views.sources import AnyChart, filled, topics_of
 from streamlens.views.summary import Tile, last_step, tiles, time_span
 from streamlens.views.theme import vega_config
 
-__all__ = ["write_report"]
+__all__ = ["replace_file", "write_report"]
+
+_OWN_POINTS: Final = 4_000
+"""Rows of a topic that a chart of somebody's own is given."""
 
 
-def write_report(run: str | os.PathLike[str] | ReadableRun, out: str | os.PathLike[str]) -> Path:
+def write_report(
+    run: str | os.PathLike[str] | ReadableRun,
+    out: str | os.PathLike[str],
+    *,
+    views: Mapping[str, AnyChart] | None = None,
+) -> Path:
     """Write a page about a run: its settings, a summary and charts of what was recorded.
 
     The page is one file of about 1 MB that loads nothing from anywhere. What was not recorded is
     left out and listed at its end. Its text comes from the run, and is shown as text only. The
-    file is replaced at once: whoever reads it meanwhile sees the old page or the new one. Runs of
-    more than 20,000 steps are read thinned, their extremes kept.
+    file is replaced at once: whoever reads it meanwhile sees the old page or the new one. Of a run of
+    any length about as many points are read as are drawn: lines keep their extremes, heatmaps and
+    distributions are of means, and NaN stays visible in both.
 
     Args:
         run: The file that a `RunStore` wrote, or a run read from it.
         out: Where to write the page; missing folders are made.
+        views: Charts of your own over `sl.views.data(topic)` by their headings, shown first; one is left
+            out where the run has none of its topics.
 
     Returns:
         The path of the page.
@@ -45,43 +59,54 @@ def write_report(run: str | os.PathLike[str] | ReadableRun, out: str | os.PathLi
         RunStoreError: `run` is a path at which there is no run store.
         OSError: The page cannot be written.
     """
-    if isinstance(run, str | os.PathLike):
-        with read_run(run) as opened:
-            page = _page(opened)
-    else:
-        page = _page(run)
-    out = Path(out)
-    try:
-        _replace(out, page)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write the report: {error.strerror}", str(out)) from error
-    return out
+    with readable(run) as opened:
+        page = _page(opened, views or {})
+    # A name that is no text, as a broken file may hold, has its place marked.
+    return replace_file(Path(out), page.encode("utf-8", "replace"), "report")
 
 
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def replace_file(path: Path, content: bytes, what: str) -> Path:
+    """Write a file whole: whoever reads it meanwhile sees the old one or the new one.
+
+    Args:
+        path: Where; missing folders are made.
+        content: What.
+        what: What the file is called where it cannot be written.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        # A name that is no text, as a broken file may hold, has its place marked.
-        part.write_bytes(text.encode("utf-8", "replace"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
         part.replace(path)
-    except BaseException:
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write the {what}: {error.strerror}", str(path)) from error
+    finally:
         with suppress(OSError):
-            part.unlink()
-        raise
+            part.unlink(missing_ok=True)
+    return path
 
 
-def _page(run: ReadableRun) -> str:
-    models = read_models(run)
+def _page(run: ReadableRun, views: Mapping[str, AnyChart]) -> str:
+    models = read_thinned(run)
     last = last_step(models)
     found = sections(models, (0.0, float(last + 1)) if last >= 0 else None)
+    specs = [section.chart.to_dict(validate=False) for section in found]
+    own = dict(_own_specs(run, views))
+    # Charts of the reader's own come first, as sections without a sentence.
+    found = [*(Section(f"own-{name}", "", name, "", alt.LayerChart()) for name in own), *found]
     title, settings = heading(run.metadata)
     # A classic script ends at the first "</script": the bundle's build makes sure it holds none.
     bundle = _asset("vega/vega.min.js")
     script = _asset("page/host.js") + _asset("page/boot.js")
     charts = [
-        {"id": f"chart-{i}", "name": section.file_name, "spec": section.chart.to_dict()}
-        for i, section in enumerate(found)
+        {"id": f"chart-{i}", "name": section.file_name, "spec": spec}
+        for i, (section, spec) in enumerate(zip(found, [*own.values(), *specs], strict=True))
     ]
     width = label_width(models)
     return string.Template(_asset("page/report.html")).substitute(
@@ -101,6 +126,19 @@ def _page(run: ReadableRun) -> str:
         bundle=bundle,
         script=script,
     )
+
+
+def _own_specs(run: ReadableRun, views: Mapping[str, AnyChart]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Charts of somebody's own with the rows of a run, by their headings, of those that it has topics for.
+
+    Args:
+        run: The run.
+        views: The charts.
+    """
+    for name, chart in views.items():
+        rows = {topic: run.dataframe(topic) for topic in topics_of(chart) if topic in run.topics}
+        if rows:
+            yield name, filled(chart, rows, max_points=_OWN_POINTS)
 
 
 def _asset(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import altair as alt
 
-__all__ = ["ALERT", "NOT_FINITE", "Mode", "themed", "vega_config"]
+__all__ = ["ALERT", "NOT_FINITE", "PAGE", "Mode", "themed", "vega_config"]
 
 _Chart = TypeVar("_Chart", bound=alt.TopLevelMixin)
 
@@ -41,7 +41,7 @@ _DIVERGING: Final[dict[Mode, list[str]]] = {
     "light": ["#08519c", "#4a90c8", "#b3d0e6", "#f1f1ee", "#f8c79b", "#e07b28", "#963c00"],
     "dark": ["#8ecbff", "#3f8fd2", "#23527c", "#2b3038", "#7a4518", "#d9782b", "#ffc48a"],
 }
-_PAGE: Final[dict[Mode, str]] = {"light": "#ffffff", "dark": "#0d1117"}
+PAGE: Final[dict[Mode, str]] = {"light": "#ffffff", "dark": "#0d1117"}
 _INK: Final[dict[Mode, dict[str, str]]] = {
     "light": {"text": "#24292f", "muted": "#57606a", "line": "#d0d7de", "grid": "#eaeef2"},
     "dark": {"text": "#e6edf3", "muted": "#9da7b3", "line": "#3d444d", "grid": "#252b33"},
@@ -116,5 +116,5 @@ def themed(chart: _Chart, mode: Mode = "light") -> _Chart:
     Raises:
         ValueError: `mode` is neither.
     """
-    config = alt.Config.from_dict({**vega_config(mode), "background": _PAGE[mode], "padding": 16})
+    config = alt.Config.from_dict({**vega_config(mode), "background": PAGE[mode], "padding": 16})
     return chart.properties(config=config)

@@ -8,13 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pandas as pd
 import pytest
 import torch
 
+from streamlens import views
 from streamlens.errors import RunStoreError
 from streamlens.frame import Frame
-from streamlens.runs import RunWriter
+from streamlens.runs import Run, RunWriter
 from streamlens.views.report import write_report
 from tests.views.fakes import LAYERS, FakeRun, rows, tables
 
@@ -195,6 +197,38 @@ def test_a_run_store_is_read_from_its_path(tmp_path: Path) -> None:
     cells = [row for row in values_of(page) if row.get("layer")]
     assert [row["layer"] for row in cells if row.get("holds")] == ["b"] * 20
     assert [row["value"] for row in cells if "value" in row] == [-3] * 20
+
+
+def test_a_long_run_is_read_through_its_roll_ups_and_keeps_its_spikes_and_its_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunWriter(tmp_path / "run.db", "one")
+    losses = torch.full((6000,), 2.0)
+    losses[1234], losses[4321] = 50.0, math.nan
+    store.write([Frame("loss", step, ("",), losses[step : step + 1]) for step in range(6000)])
+    store.close()
+    monkeypatch.setattr(Run, "dataframe", lambda *_, **__: pytest.fail("every frame was read"))
+    rows = values_of(Page(write_report(tmp_path / "run.db", tmp_path / "report.html")))
+    drawn = [row["value"] for row in rows if row.get("kind") == "each step"]
+    assert 500 < len(drawn) < 2000
+    assert max(value for value in drawn if value is not None) == 50.0
+    (flag,) = [row for row in rows if row.get("flag") == "NaN" and row["series"] == "(model)"]
+    assert abs(flag["step"] - 4321) < 20
+
+
+def test_a_chart_of_ones_own_is_the_first_section_and_has_its_rows(tmp_path: Path) -> None:
+    own: alt.Chart = alt.Chart(views.data("weights.var")).mark_line()
+    chart = own.encode(x="step:Q", y="value:Q")
+    run = FakeRun({**tables(), "weights.var": rows({"mine": [1.0, math.nan]})})
+    page = Page(write_report(run, tmp_path / "report.html", views={"<b>Mine": chart}))
+    assert page.titles[:2] == ["<b>Mine", "Loss"]
+    (filled,) = page.embedded["charts"][0]["spec"]["datasets"].values()
+    assert [(row["layer"], row["value"], row["flag"]) for row in filled] == [
+        ("mine", 1.0, ""),
+        ("mine", None, "NaN"),
+    ]
+    other = Page(write_report(FakeRun(tables()), tmp_path / "report.html", views={"Mine": chart}))
+    assert "Mine" not in other.titles
 
 
 def test_what_is_no_run_store_is_the_readers_error_and_leaves_no_page(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from streamlens.runs import Run
@@ -12,6 +12,7 @@ from streamlens.views.alerts import quiet, rules_of, with_marks
 from streamlens.views.heading import heading
 from streamlens.views.marks import Limits
 from streamlens.views.others import other_sections
+from streamlens.views.reading import read_thinned
 from streamlens.views.sections import ModelRows, Section, label_width, read_models, sections
 from streamlens.views.shipped import VIEWS
 from streamlens.views.summary import last_step, tiles
@@ -58,7 +59,7 @@ def of_one_run(run: Run, question: Question, views: Sequence[OwnView] = ()) -> d
         views: Charts of the user's own, shown first.
     """
     thinned = Thinned(run, pattern=question.pattern, window=question.window)
-    models = [_averaged(model, thinned) for model in read_models(thinned)]
+    models = read_thinned(thinned)
     last = last_step(models)
     limits = (0.0, float(last + 1)) if last >= 0 else None
     title, settings = heading(run.metadata)
@@ -87,17 +88,6 @@ def of_one_run(run: Run, question: Question, views: Sequence[OwnView] = ()) -> d
         "steps": None if limits is None else list(limits),
         "labelWidth": label_width(models),
     }
-
-
-def _averaged(model: ModelRows, thinned: Thinned) -> ModelRows:
-    """A model whose loss has an average over all its steps, not over the few that are drawn."""
-    if "loss" not in model.rows or "loss.ema" in model.rows or not thinned.thinned:
-        return model
-    topic = f"{model.name}/loss" if model.name else "loss"
-    means = thinned.means(topic)
-    if not (means["count"] + means["missing"] > 1).any():
-        return model
-    return replace(model, rows={**model.rows, "loss.ema": means.assign(value=means["mean"])})
 
 
 def _detail(
