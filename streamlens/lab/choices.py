@@ -30,6 +30,7 @@ class Visualisation(enum.StrEnum):
     TB = "tb"
     CONSOLE = "console"
     MPL = "mpl"
+    ALTAIR = "altair"
     CSV = "csv"
     JSONL = "jsonl"
     PARQUET = "parquet"

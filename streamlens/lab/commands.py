@@ -179,7 +179,8 @@ def train(
             "--visualisation",
             "-v",
             help="Show the run as TensorBoard events, as a table in the console, as charts of matplotlib (a "
-            "picture, and a window where there is a screen), as rows of CSV, JSON or Parquet, or not at all. "
+            "picture, and a window where there is a screen), as charts of Altair on a live page (its address "
+            "is printed; opened where there is a screen), as rows of CSV, JSON or Parquet, or not at all. "
             "May be repeated.",
         ),
     ] = [Visualisation.TB],  # noqa: B006 - typer copies it

@@ -134,6 +134,8 @@ def _play(lens: Replay, streams: Sequence[Observable[Frame]], show: Sequence[str
         console().print(_listing(outcomes))
     if recording is not None and recording.run_db.exists():
         typer.echo(f"Run store: {shown(recording.run_db)}")
+        if "altair" in show:
+            typer.echo(f"Live page: streamlens ui {shown(recording.folder)}")
         report = recording.write_report()
         if report is not None:
             typer.echo(f"Report: {shown(report)}")

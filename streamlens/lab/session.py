@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
+import webbrowser
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from reactivex import Observable
 from rich.console import Console
@@ -22,7 +25,10 @@ from streamlens.lab.trainer import EpochResult, Trainer
 from streamlens.operators._windowed import Epochs, StepWindows, Windowed
 from streamlens.sink import Sink
 
-__all__ = ["Session"]
+if TYPE_CHECKING:
+    from streamlens.views.web.process import PageProcess
+
+__all__ = ["Session", "can_open_browser"]
 
 _INTERRUPTED: Final = 130
 """The exit status of a process that Ctrl-C ended, as shells have it."""
@@ -40,7 +46,8 @@ class Session:
         trainer: What to run. Its lens is closed in the end.
         folder: What the run leaves goes here.
         show: Any of `"tb"` for TensorBoard events, `"console"` for a live table, `"mpl"` for charts of
-            matplotlib, `"csv"`, `"jsonl"` and `"parquet"`; `"none"` is none of them.
+            matplotlib, `"altair"` for the live page, `"csv"`, `"jsonl"` and `"parquet"`; `"none"` is none
+            of them.
         verbose: Print a line an epoch, the tracebacks of failures and, in the end, the plan.
     """
 
@@ -77,6 +84,7 @@ class Session:
             for stream in streams:
                 for sink in sinks:
                     self._subscribe(stream, sink)
+            page = self._page(recording) if "altair" in self.show else None
             start = time.perf_counter()
             try:
                 self._train()
@@ -92,11 +100,33 @@ class Session:
                 self._err.print("STREAMLENS_DISABLED is set: nothing was recorded")
             else:
                 self._tell_silent(lens.engine.next_step)
+            if page is not None:
+                page.close()
             report = None if lens.engine.inert else recording.write_report()
         self._summarise(recording, report, seconds, interrupted=interrupted)
         if interrupted:
             return _INTERRUPTED
         return 1 if self._failures else 0
+
+    def _page(self, recording: Recording) -> PageProcess | None:
+        """The live page, served beside the training for as long as that takes."""
+        from streamlens.views.web.process import PageProcess
+
+        if not recording.writable:
+            return None
+        try:
+            return PageProcess(self.folder, on_url=self._tell_page, on_failure=self._warn_of_page)
+        except (ImportError, OSError) as error:
+            self._warn_of_page(str(error))
+            return None
+
+    def _tell_page(self, url: str) -> None:
+        self._err.print(f"Live page: {url}")
+        if can_open_browser() and self._err.is_terminal:
+            webbrowser.open(url)
+
+    def _warn_of_page(self, reason: str) -> None:
+        self._warn(f"no live page: {reason}")
 
     def _subscribe(self, stream: Observable[Frame], sink: Sink) -> None:
         try:
@@ -157,6 +187,8 @@ class Session:
             self._out.print("  ".join([f"loss {self.results[-1].loss:.4f}", *_accuracies(self.results[-1])]))
         if recording.run_db.exists():
             self._out.print(f"Run store: {recording.run_db}")
+        if "altair" in self.show and recording.run_db.exists():
+            self._out.print(f"Live page: streamlens ui {recording.folder}")
         for name, path in recording.shown.items():
             if path.exists():
                 told = f"tensorboard --logdir {recording.folder}" if name == "TensorBoard" else path
@@ -212,6 +244,15 @@ def _why_silent(stream: sl.Stream, steps: int) -> str:
     if isinstance(windows, Epochs):
         return f"no epoch was over after {counted}"
     return f"nothing that it is made of came in {counted}; --verbose shows the plan"
+
+
+def can_open_browser() -> bool:
+    """Whether a browser that is opened from here appears before the user's eyes."""
+    if os.environ.get("SSH_CONNECTION"):
+        return False
+    return sys.platform in {"darwin", "win32"} or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
 
 
 def _accuracies(result: EpochResult) -> list[str]:

@@ -6,7 +6,7 @@ import http.client
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,12 @@ def write_run(
     name: str = "",
     layers: Sequence[str] = LAYERS,
     extra: Sequence[Frame] = (),
-    **metadata: Any,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a run into a store; returns the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"model": "AlexNetMini", "dataset": "digits", **metadata}
-    with RunWriter(path, run, name=name, metadata=metadata) as writer:
+    told = {"model": "AlexNetMini", "dataset": "digits", **(metadata or {})}
+    with RunWriter(path, run, name=name, metadata=told) as writer:
         frames = [frame for step in range(steps) for frame in frames_of(step, layers)] + list(extra)
         if frames:
             writer.write(frames, [time.time()] * len(frames))

@@ -48,7 +48,8 @@ def of_several_runs(
 ) -> dict[str, Any]:
     """What a page shows of several runs, as JSON can hold it.
 
-    A topic with several layers chosen is compared by the median over them.
+    A topic with several layers chosen is compared by the median over them; where a row is asked for, by
+    that layer alone.
 
     Args:
         runs: The runs, by what each is called in the charts.
@@ -66,11 +67,12 @@ def of_several_runs(
         _same_colours(spec, [side.label for side in sides])
         made.append(packed(section, limits, spec))
     layers = dict.fromkeys(layer for side in sides for layer in side.thinned.every_layer)
+    differences = _differences(sides)
     return {
         "title": f"{len(sides)} runs compared",
         "settings": [],
         "tiles": [],
-        "differences": _differences(sides),
+        "differences": differences if len(differences) > 1 else None,
         "alerts": [
             row
             for side in sides
@@ -88,7 +90,7 @@ def of_several_runs(
 
 
 def _side(label: str, run: Run, question: Question) -> _Side:
-    thinned = Thinned(run, pattern=question.pattern, window=question.window)
+    thinned = Thinned(run, pattern=question.pattern, layer=question.row, window=question.window)
     return _Side(label, run, thinned, {model.name: model for model in read_models(thinned)})
 
 

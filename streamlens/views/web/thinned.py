@@ -88,11 +88,11 @@ class Thinned:
             if not _own(topic, layers) and "alerts." not in topic
             for name in layers
         )
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(map(_valid, names)))
 
     def layers(self, topic: str) -> list[str]:
         """The chosen layers of a topic, in model order."""
-        return self._chosen[topic]
+        return [_valid(name) for name in self._chosen[topic]]
 
     def holds_numbers(self, topic: str) -> bool:
         """Whether the topic's values are numbers, one a layer and component."""
@@ -127,17 +127,29 @@ class Thinned:
             topic: One of `topics`.
         """
         most = int(np.clip(_ROWS // max(1, self._of_chosen(topic)), _FEWEST, _MOST))
-        layers = self._chosen[topic]
         if self._window is None:
-            whole = self._run.envelope(topic, layers, max_points=most)
+            whole = self._envelope(topic, max_points=most)
             self.thinned = self.thinned or bool((whole["count"] + whole["missing"] > 1).any())
             return whole
         first, last = self._window
-        coarse = self._run.envelope(topic, layers, max_points=most // 2)
-        fine = self._run.envelope(topic, layers, steps=(first, last), max_points=most)
+        coarse = self._envelope(topic, max_points=most // 2)
+        fine = self._envelope(topic, steps=(first, last), max_points=most)
         self.thinned = True
         around = (coarse["step"] < first, coarse["step"] > last)
         return pd.concat([coarse[around[0]], fine, coarse[around[1]]], ignore_index=True)
+
+    def _envelope(self, topic: str, **asked: Any) -> pd.DataFrame:
+        table = self._run.envelope(topic, self._chosen[topic], **asked)
+        for column in {"layer", "component"} & set(table.columns):
+            names = table[column].cat.categories.tolist()
+            if any(_valid(name) != name for name in names):
+                table[column] = table[column].cat.rename_categories([_valid(name) for name in names])
+        return table
+
+
+def _valid(name: str) -> str:
+    """A name that pandas can hold: half a character, as in a broken file's name, is spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def matching(names: Sequence[str], pattern: str, layer: str | None = None) -> list[str]:
@@ -149,7 +161,7 @@ def matching(names: Sequence[str], pattern: str, layer: str | None = None) -> li
         layer: The only one, by its full name; goes before `pattern`.
     """
     if layer is not None:
-        return [name for name in names if name == layer]
+        return [name for name in names if _valid(name) == layer]
     wanted = pattern.replace(",", " ").split()
     if not wanted:
         return list(names)
