@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from streamlens.frame import Frame
+    from streamlens.lab.recording import Recording
     from streamlens.sources import Replay
 
 __all__ = ["replay"]
@@ -133,15 +134,19 @@ def _play(lens: Replay, streams: Sequence[Observable[Frame]], show: Sequence[str
     if outcomes:
         console().print(_listing(outcomes))
     if recording is not None and recording.run_db.exists():
-        typer.echo(f"Run store: {shown(recording.run_db)}")
-        if "altair" in show:
-            typer.echo(f"Live page: streamlens ui {shown(recording.folder)}")
-        report = recording.write_report()
-        if report is not None:
-            typer.echo(f"Report: {shown(report)}")
+        _tell_what_is_left(recording, page="altair" in show)
     for line in warnings:
         typer.echo(f"warning: {line}", err=True)
     return bool(warnings)
+
+
+def _tell_what_is_left(recording: Recording, *, page: bool) -> None:
+    typer.echo(f"Run store: {shown(recording.run_db)}")
+    if page:
+        typer.echo(f"Live page: streamlens ui {shown(recording.folder)}")
+    report = recording.write_report()
+    if report is not None:
+        typer.echo(f"Report: {shown(report)}")
 
 
 def _listing(outcomes: Mapping[tuple[str, str], _Outcome]) -> Table:
