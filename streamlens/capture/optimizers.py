@@ -289,6 +289,10 @@ class OptimizerInfo:
             return bool(self.group_of)
         return not self.stands_in or facet not in (Facet.GRADIENT, Facet.STATE)
 
+    def shares(self, other: OptimizerInfo) -> bool:
+        """Whether another optimizer updates some parameter too, so that two updates make two steps."""
+        return not self.group_of.keys().isdisjoint(other.group_of)
+
     def unknown(self, index: ModelIndex) -> bool:
         """Whether the optimizer holds parameters that the index does not know."""
         optimizer = self._optimizer()

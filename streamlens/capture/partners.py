@@ -46,6 +46,7 @@ class Partners:
     Attributes:
         stepped: The optimizers that have stepped in the open step, in order.
         interned: Makes equal layers one object.
+        again: Whether the update under way follows another one of the same forward and parameters.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -57,6 +58,7 @@ class Partners:
         self._patience = 0
         self._held: dict[Any, list[_Part]] = {}
         self.interned = Interned()
+        self.again = False
 
     def update_begins(self, info: OptimizerInfo, closure: bool = False) -> None:
         """Close the open step if an update that begins now belongs to one of its own.
@@ -67,7 +69,9 @@ class Partners:
         """
         # A clock that was taken over knows that the step had its update, but not whose.
         another = self._engine.clock.updated and (closure or not self.stepped)
-        if another or info in self.stepped:
+        self.again = info in self.stepped or any(map(info.shares, self.stepped))
+        if another or self.again:
+            self.again &= self._engine.clock.counted
             self._engine.close_step()
 
     def gather(

@@ -302,7 +302,7 @@ class UpdateCapture:
             engine.passes.flush()
         ended = clock.batch if clock.in_pass else None
         clock.end_pass()
-        if optimizer is not None and not clock.counted and not engine.silent:
+        if optimizer is not None and not (clock.counted or self.partners.again or engine.silent):
             engine.passes.update_without_forward()
         clock.updated = True
         self.owners.updated()

@@ -152,6 +152,38 @@ def test_a_layer_of_an_optimizer_that_never_steps_has_weights_at_every_step_and_
     del never
 
 
+def test_a_parameter_that_two_optimizers_own_is_updated_in_a_step_of_each(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = perceptron()
+    both = optimizer_of(model, "0", "2"), optimizer_of(model, "2", "4")
+    truth: list[HandStep] = []
+    twin = perceptron()
+    twins = optimizer_of(twin, "0", "2"), optimizer_of(twin, "2", "4")
+    for batch in BATCHES[:3]:
+        squared_error(twin, batch).backward()
+        truth += [update_by_hand(twin, optimizer) for optimizer in twins]
+        twin.zero_grad()
+    with observed(model) as lens:
+        weights, updates = record(lens, sl.topic("weights")), record(lens, sl.norm("weight_updates"))
+        run_together(model, both, BATCHES[:3])
+    for frames in (weights, updates):
+        seen = [(frame.step, layer) for frame in frames for layer in frame]
+        assert len(seen) == len(set(seen))
+    assert [(frame.step, frame.layers) for frame in updates] == [
+        (step, ("2", "4") if step % 2 else ("0", "2")) for step in range(6)
+    ]
+    for frame in weights:
+        after = of_role(truth[frame.step].after, "weight")
+        assert all(torch.equal(frame[layer], after[layer]) for layer in frame)
+    for frame in updates:
+        changes = norms(of_role(truth[frame.step].updates(), "weight"))
+        assert {k: float(v) for k, v in frame.items()} == pytest.approx(
+            {k: float(changes[k]) for k in frame}, rel=1e-5
+        )
+    assert caplog.records == [], "no forward is missing"
+
+
 def test_optimizers_given_are_known_from_the_first_step_on() -> None:
     model = perceptron()
     first, second = optimizer_of(model, "0"), optimizer_of(model, "2", "4")
