@@ -42,7 +42,9 @@ class MLflow(Sink):
     has begun with `mlflow.start_run()` stays as it is, unless it is passed as `run_id=`.
 
     Args:
-        tracking_uri: Where to log; by default where MLflow itself would.
+        tracking_uri: Where to log; by default where MLflow itself would. Recent versions refuse folders
+            (`file:mlruns`) unless `MLFLOW_ALLOW_FILE_STORE=true` is set, and databases (`sqlite:///mlflow.db`)
+            need the package `mlflow` where only `mlflow-skinny` is installed.
         experiment: The experiment's name, made if need be.
         run_id: An existing run to log to, which stays open.
 
