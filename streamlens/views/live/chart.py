@@ -56,6 +56,9 @@ class LiveChart(Sink):
             the widget but in Colab and VS Code, and where anywidget is missing.
         panels: The charts there are from the start; topics that none of them draws get one of their own.
 
+    Attributes:
+        board: What the charts hold.
+
     Raises:
         ValueError: `hz` is not between 0 and 20, or there is no such host.
         ImportError: `host` is `"widget"`, and anywidget is missing.
@@ -76,7 +79,7 @@ class LiveChart(Sink):
         if shell is None:
             raise StreamlensError(_NO_NOTEBOOK)
         self.max_latency = 1.0 / hz
-        self._board = Board(panels)
+        self.board = Board(panels)
         self._run = RunInfo(id="")
         self._cell = current_cell()
         self._chains: list[Callable[[], None]] = []
@@ -86,7 +89,7 @@ class LiveChart(Sink):
         self._pictured = True
         self._due = 0.0
         _end_earlier(self._cell)
-        self._place: Place = _place(host, self._board)
+        self._place: Place = _place(host, self.board)
         self._born = time.monotonic()
         self._watch()
 
@@ -97,7 +100,7 @@ class LiveChart(Sink):
     def open(self, run: RunInfo) -> None:
         """Begin to show a run, or forget what it will do again since it went back."""
         if run.id == self._run.id and run.resumed_at is not None and run.resumption != self._run.resumption:
-            self._board.cut(run.resumed_at)
+            self.board.cut(run.resumed_at)
         self._run = run
         self._over = False
         if not self._ended:
@@ -106,7 +109,7 @@ class LiveChart(Sink):
     def write(self, frames: Sequence[Frame]) -> None:
         """Take frames in."""
         if not self._ended:
-            self._board.take(frames)
+            self.board.take(frames)
 
     def flush(self) -> None:
         """Show what has come."""
@@ -115,12 +118,12 @@ class LiveChart(Sink):
         if isinstance(self._place, Output):
             self._replace()
             return
-        message = self._board.changes()
+        message = self.board.changes()
         if message is None:
             return
         self._pictured = False
         if time.monotonic() - self._born < _SETTLING:
-            message = self._board.whole()
+            message = self.board.whole()
         self._place.tell(message)
 
     def close(self) -> None:
@@ -140,20 +143,20 @@ class LiveChart(Sink):
             self.drain(_PATIENCE)
             if not self._pictured:
                 self._pictured = True
-                self._place.rest(self._board.picture())
+                self._place.rest(self.board.picture())
             if self._over:
                 self._unwatch()
 
     def _replace(self) -> None:
         """Replace the output, if it is time."""
         start = time.monotonic()
-        if not self._board.pending:
+        if not self.board.pending:
             return
         self._pictured = False
         if start < self._due:
             return
-        self._board.pending = False
-        self._place.rest(self._board.picture())
+        self.board.pending = False
+        self._place.rest(self.board.picture())
         self._due = start + max(_SECONDS, _OUTPUT_SHARE * (time.monotonic() - start))
 
     def _watch(self) -> None:
