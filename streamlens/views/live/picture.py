@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 import altair as alt
 
+from streamlens.views.marks import WIDTH
 from streamlens.views.sources import AnyChart, filled
 from streamlens.views.stack import stack
 from streamlens.views.theme import themed
@@ -20,6 +21,9 @@ MIME: Final = "application/vnd.vegalite.v5+json"
 
 _SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v5.json"
 """Says which version the specification is written in; nobody loads it."""
+
+_WIDTH: Final = 600
+"""Pixels a chart is wide beside its labels."""
 
 
 def together(
@@ -36,7 +40,20 @@ def together(
     ]
     specification = filled(themed(stack(*titled)), rows)
     specification["$schema"] = _SCHEMA
+    _narrow(specification)
     return specification
+
+
+def _narrow(part: Any) -> None:
+    """Make charts of the shipped views' width as narrow as a notebook's cell is."""
+    if isinstance(part, dict):
+        if part.get("width") == WIDTH:
+            part["width"] = _WIDTH
+        for key in ("layer", "vconcat"):
+            _narrow(part.get(key))
+    elif isinstance(part, list):
+        for entry in part:
+            _narrow(entry)
 
 
 def bundle(specification: Mapping[str, Any] | None) -> dict[str, Any]:

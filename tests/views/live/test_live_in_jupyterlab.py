@@ -27,10 +27,10 @@ pytestmark = [
 
 ARTIFACTS = Path(__file__).parents[3] / "artifacts" / "notebook"
 NAME = "training.ipynb"
-HOSTILE = "</script><img src=x onerror=\"document.title='hurt'\">"
+HOSTILE = "</script><img src=x onerror=\"document['title']='hurt'\">"
 MAKE = f"""
 import json, pathlib, time, torch, streamlens as sl
-parts = {{name: torch.nn.Linear(8, 8) for name in ["first", {HOSTILE.replace(".", "")!r}, "last"]}}
+parts = {{name: torch.nn.Linear(8, 8) for name in ["first", {HOSTILE!r}, "last"]}}
 model = torch.nn.Sequential()
 for name, part in parts.items():
     model.add_module(name, part)
