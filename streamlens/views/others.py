@@ -145,7 +145,11 @@ def title_of(topic: str) -> str:
     if topic in _TITLES:
         return _TITLES[topic]
     base, dot, what = words.partition(".")
-    title = f"{what.replace('.', ', ')} of {base}" if dot else words
+    of = ": ".join([base, what.replace(".", ", ")]) if "." in what else f"{what} of {base}"
+    title = f" {of if dot else words} ".replace(" ema ", " moving average ").replace(
+        " lr ", " learning rate "
+    )
+    title = title.strip()
     title = title[:1].upper() + title[1:]
     return title if len(title) <= _MOST_TITLE else f"{title[: _MOST_TITLE - 1]}…"
 
