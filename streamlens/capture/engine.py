@@ -146,7 +146,8 @@ class Engine(Source):
     @property
     def silent(self) -> bool:
         """Whether nothing is to be taken now."""
-        return self.closed or self.inert or self.paused > 0 or self._suppressed > 0 or self.threads.contended
+        asked = self.closed or self.inert or self.paused > 0 or self._suppressed > 0
+        return asked or self.threads.contended or _captures_graph()
 
     @contextlib.contextmanager
     def suppressed(self) -> Iterator[None]:
@@ -380,6 +381,11 @@ class Engine(Source):
         self.copies.clear()
         self.index = ModelIndex(nn.Module())
         self._finalizer.detach()
+
+
+def _captures_graph() -> bool:
+    """Whether CUDA records what is launched and computes nothing: a wait or a read would end that."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _close_if_alive(reference: weakref.ref[Engine]) -> None:

@@ -162,6 +162,21 @@ def test_a_paused_loop_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == []
 
 
+def test_while_a_cuda_graph_is_captured_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    with observed(model) as lens:
+        frames = [record(lens, sl.norm(t)) for t in ("weights", "weight_gradients", "activations")]
+        for capturing[0] in (True, True, False):
+            optimizer.zero_grad()
+            model(torch.ones(4, 5)).sum().backward()
+            optimizer.step()
+    assert [len(seen) for seen in frames] == [1, 1, 1]
+
+
 def test_pauses_nest() -> None:
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=0.1)
