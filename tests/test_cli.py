@@ -362,7 +362,7 @@ def test_the_help_names_every_model_data_set_initialisation_and_schedule() -> No
         (("--schedule", "exp"), "unknown schedule 'exp': did you mean 'exponential'?"),
         (
             ("-v", "tensorboard"),
-            "'tensorboard' is not one of 'tb', 'console', 'mpl', 'csv', 'jsonl', 'parquet'",
+            "'tensorboard' is not one of 'tb', 'console', 'mpl', 'altair', 'csv', 'jsonl', 'parquet'",
         ),
         (("-v", "none", "-v", "csv"), "'none' leaves nothing for csv to show: leave one of them out"),
         (("-l", "0"), "0.0 is not a finite number above 0"),

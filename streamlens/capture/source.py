@@ -193,7 +193,7 @@ class Source(Provider):
         self.idle = not live
         self.topics = frozenset(t for d in live for t in d.view.topics)
         self._schedule = Schedule(self.demands)
-        self._due_step = -1
+        self._due, self._due_step = (), -1
 
     # -- emitting ----------------------------------------------------------------------------
 
