@@ -18,7 +18,7 @@ from streamlens.views.live.topics import Topics
 
 __all__ = ["Board", "Message"]
 
-MOST_POINTS: Final = 16_000
+MOST_POINTS: Final = 8_000
 """Points on the screen, in all charts together: so many a browser redraws five times a second."""
 
 _MOST_PANELS: Final = 24
