@@ -96,12 +96,12 @@ class Session:
                     self._out.print(lens.explain())
                 if not lens.close(timeout=_PATIENCE):
                     self._warn(f"not everything was written: a sink failed or took over {_PATIENCE:.0f} s")
+                if page is not None:
+                    page.close()
             if lens.engine.inert:
                 self._err.print("STREAMLENS_DISABLED is set: nothing was recorded")
             else:
                 self._tell_silent(lens.engine.next_step)
-            if page is not None:
-                page.close()
             report = None if lens.engine.inert else recording.write_report()
         self._summarise(recording, report, seconds, interrupted=interrupted)
         if interrupted:

@@ -14,6 +14,7 @@ from streamlens.views.shipped import VIEWS, View, by_name
 from streamlens.views.sources import data, filled, records, taken_apart, topics_of
 from streamlens.views.stack import stack
 from streamlens.views.theme import themed, vega_config
+from streamlens.views.web.serve import serve
 
 __all__ = [
     "VIEWS",
@@ -31,6 +32,7 @@ __all__ = [
     "percentile_bands",
     "ratio_against_loss",
     "records",
+    "serve",
     "stack",
     "taken_apart",
     "themed",
