@@ -16,18 +16,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import streamlens as sl
 from streamlens.control import Controller, ExponentialDecay, FixedRatio, RatioLR
-from streamlens.lab.experiments import (
-    Experiment,
-    Findings,
-    Results,
-    Scale,
-    Settings,
-    Trial,
-    curves,
-    interval,
-    paired,
-    points,
-)
+from streamlens.lab import experiments as ex
 
 __all__ = ["experiment"]
 
@@ -47,11 +36,11 @@ SCHEDULES: Final = (
 )
 
 
-def conditions(scale: Scale) -> list[Settings]:
+def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Schedules x base rates x batch sizes, and beside them the ratio fixed layer by layer."""
     rates = scale.pick(smoke=(0.1,), digits=(0.003, 0.1, 1.0), full=(0.003, 0.2, 1.0))
-    batches = scale.pick(smoke=(256,), digits=(32, 128, 512), full=(32, 128, 512))
-    epochs = scale.pick(smoke=2, digits=30, full=100)
+    batches = scale.pick(smoke=(256,), digits=(32, 256), full=(32, 128, 512))
+    epochs = scale.pick(smoke=2, digits=20, full=100)
     # What scales gradients to one ratio comes to the same whatever the rate is.
     grid = [*itertools.product(SCHEDULES, rates), ("fixed ratio", rates[len(rates) // 2])]
     return [
@@ -77,8 +66,8 @@ def controller(schedule: str, steps: int) -> Controller | None:
     return None
 
 
-def train(trial: Trial) -> None:
-    """One run; its ratios, rates, losses and accuracies are recorded."""
+def train(trial: ex.Trial) -> None:
+    """One run; its ratios, rates and accuracies are recorded."""
     model = trial.model("AlexNetMini")
     optimizer = torch.optim.SGD(model.parameters(), lr=trial["rate"])
     trainer = trial.trainer(
@@ -92,49 +81,47 @@ def train(trial: Trial) -> None:
     steers = controller(trial["schedule"], trainer.steps)
     if steers is not None:
         lens.pipe(sl.uw_ratio()).subscribe(steers)
+    due = lens.pipe(sl.every(5))
     trial.record(
         trainer,
-        lens.pipe(sl.uw_ratio(), sl.across_layers("mean"), sl.per_epoch(), sl.rename("ratio")),
-        lens.pipe(sl.topic("learning_rate"), sl.across_layers("max"), sl.per_epoch(), sl.rename("lr")),
-        lens.pipe(sl.loss(), sl.per_epoch(), sl.rename("loss")),
+        due.pipe(sl.uw_ratio(), sl.across_layers("mean"), sl.per_epoch(), sl.rename("ratio")),
+        due.pipe(sl.topic("learning_rate"), sl.across_layers("max"), sl.per_epoch(), sl.rename("lr")),
     )
 
 
 def verdict(schedule: str, gains: pd.DataFrame) -> str:
     """Where a schedule wins and loses against the constant rate, and by how much."""
     parts = []
+    form = "{mean:+.1%} ({low:+.1%} to {high:+.1%}) at rate {rate:g} batch {batch}"
     for word, cells in (("above", gains[gains.low > 0]), ("below", gains[gains.high < 0])):
-        where = ", ".join(
-            f"{cell.mean:+.1%} ({cell.low:+.1%} to {cell.high:+.1%}) at rate {cell.rate:g} batch {cell.batch}"
-            for cell in cells.itertuples()
-        )
-        parts.append(f"{word} the constant rate in {len(cells)} of {len(gains)} settings: {where or 'none'}")
+        where = ", ".join(ex.sentences(form, cells)) or "none"
+        parts.append(f"{word} the constant rate in {len(cells)} of {len(gains)} settings: {where}")
     return f"{schedule} is {'; '.join(parts)}"
 
 
-def analyse(results: Results) -> Findings:
+def analyse(results: ex.Results) -> ex.Findings:
     """Final accuracies, what each schedule gains over the constant rate, and how it went."""
     last = results.last("test_accuracy")
     cells = ["schedule", "rate", "batch"]
-    gains = paired(last, "schedule", "constant", by=["rate", "batch"])
+    gains = ex.paired(last, "schedule", "constant", by=["rate", "batch"])
     traces = results.rows("test_accuracy")
     middle = last.loc[last.schedule == "fixed ratio", "rate"].iloc[0]
     fixed = traces[traces.schedule.isin(["constant", "fixed ratio"]) & (traces.rate == middle)]
     ratios = results.rows("ratio")
-    steered = interval(results.last("ratio"), by=cells)
-    return Findings(
+    steered = ex.interval(results.last("ratio"), by=cells)
+    return ex.Findings(
         answers=[verdict(str(name), cells) for name, cells in gains.groupby("schedule", sort=False)],
-        tables={"accuracy": interval(last, by=cells), "gain": gains, "final ratio": steered},
+        tables={"accuracy": ex.interval(last, by=cells), "gain": gains, "final ratio": steered},
         figures={
-            "traces": curves(
+            "traces": ex.curves(
                 traces[traces.schedule.isin(SCHEDULES)],
                 x="epoch", color="schedule", row="batch", column="rate", title="test accuracy",
             ),
-            "accuracies": points(
-                interval(last, by=cells), x="rate", color="schedule", column="batch", title="test accuracy"
+            "accuracies": ex.points(
+                ex.interval(last, by=cells), x="rate", color="schedule", column="batch", title="test accuracy"
             ),
-            "fixed-ratio": curves(fixed, x="epoch", color="schedule", column="batch", title="test accuracy"),
-            "ratios": curves(
+            "fixed-ratio": ex.curves(fixed, x="epoch", color="schedule", column="batch", title="accuracy"),
+            "ratios": ex.curves(
                 ratios[ratios.value > 0],
                 x="epoch", color="schedule", row="batch", column="rate", log=True, title="mean ratio",
             ),
@@ -142,7 +129,7 @@ def analyse(results: Results) -> Findings:
     )  # fmt: skip
 
 
-experiment = Experiment("ratio_schedule", conditions, train, analyse)
+experiment = ex.Experiment("ratio_schedule", conditions, train, analyse)
 
 if __name__ == "__main__":
     experiment.main()

@@ -7,12 +7,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from examples import ratio_schedule
+from examples import adam_moments, curvature, ratio_schedule, ratio_vs_loss
 from streamlens.lab.experiments import Experiment
+from streamlens.lab.experiments.results import file_name
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-EXPERIMENTS: list[Experiment] = [ratio_schedule.experiment]
+EXPERIMENTS: list[Experiment] = [
+    adam_moments.experiment,
+    curvature.experiment,
+    ratio_schedule.experiment,
+    ratio_vs_loss.experiment,
+]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
@@ -24,11 +30,11 @@ def test_the_smoke_version_leaves_answers_tables_and_figures(
     assert findings.answers
     assert capsys.readouterr().out.splitlines() == [f"- {answer}" for answer in findings.answers]
     assert findings.figures
-    for name in findings.figures:
+    for name in map(file_name, findings.figures):
         assert (out / f"{name}.svg").read_text().startswith("<svg")
         assert "vega" in (out / f"{name}.html").read_text()
     for name, table in findings.tables.items():
-        assert len(pd.read_csv(out / f"table-{name}.csv")) == len(table) > 0
+        assert len(pd.read_csv(out / f"table-{file_name(name)}.csv")) == len(table) > 0
     assert len(pd.read_csv(out / "test_accuracy.csv")) > 0
 
 

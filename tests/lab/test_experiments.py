@@ -27,6 +27,7 @@ from streamlens.lab.experiments import (
     interval,
     paired,
     points,
+    sentences,
 )
 from streamlens.lab.experiments.findings import markdown
 from streamlens.lab.experiments.scale import parse
@@ -287,6 +288,11 @@ def test_findings_are_written_as_svg_html_csv_and_markdown(tmp_path: Path) -> No
 def test_markdown_shows_a_mean_with_its_interval_and_escapes_bars() -> None:
     table = pd.DataFrame({"which": ["a|b"], "mean": [1.23456], "low": [1.0], "high": [1.5], "runs": [5]})
     assert markdown(table).splitlines()[-1] == "| a\\|b | 1.23 (1 to 1.5) | 5 |"
+
+
+def test_a_template_makes_a_sentence_of_each_row() -> None:
+    table = pd.DataFrame({"model": ["VGG", "ConvNet"], "mean": [0.5, 0.25]})
+    assert sentences("{model}: {mean:.0%}", table) == ["VGG: 50%", "ConvNet: 25%"]
 
 
 def test_curves_draw_the_mean_and_the_interval_of_each_place() -> None:

@@ -38,8 +38,8 @@ The command line of every script: `--dataset`, `--data-dir`, `--smoke`, `--seeds
 from __future__ import annotations
 
 from streamlens.lab.experiments.experiment import Experiment
-from streamlens.lab.experiments.figures import curves, points
-from streamlens.lab.experiments.findings import Findings
+from streamlens.lab.experiments.figures import Figure, curves, points
+from streamlens.lab.experiments.findings import Findings, sentences
 from streamlens.lab.experiments.results import Results, interval, paired
 from streamlens.lab.experiments.scale import Scale
 from streamlens.lab.experiments.trial import ExperimentError, Settings, Trial
@@ -47,6 +47,7 @@ from streamlens.lab.experiments.trial import ExperimentError, Settings, Trial
 __all__ = [
     "Experiment",
     "ExperimentError",
+    "Figure",
     "Findings",
     "Results",
     "Scale",
@@ -56,4 +57,5 @@ __all__ = [
     "interval",
     "paired",
     "points",
+    "sentences",
 ]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from streamlens.lab.experiments.figures import Figure
+from streamlens.lab.experiments.results import file_name
 from streamlens.views.theme import themed
 
-__all__ = ["Findings", "check_export", "markdown"]
+__all__ = ["Findings", "check_export", "markdown", "sentences"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,25 @@ class Findings:
         text = [f"# {title}", "", *(f"- {answer}" for answer in self.answers), ""]
         for name, figure in self.figures.items():
             chart = themed(figure)
-            chart.save(folder / f"{name}.svg")
-            chart.save(folder / f"{name}.html", inline=True)
-            text += [f"![{name}]({name}.svg)", ""]
+            file = file_name(name)
+            chart.save(folder / f"{file}.svg")
+            chart.save(folder / f"{file}.html", inline=True)
+            text += [f"![{name}]({file}.svg)", ""]
         for name, table in self.tables.items():
-            table.to_csv(folder / f"table-{name}.csv", index=False)
+            table.to_csv(folder / f"table-{file_name(name)}.csv", index=False)
             text += [f"## {name}", "", markdown(table), ""]
         (folder / "findings.md").write_text("\n".join(text))
+
+
+def sentences(template: str, table: pd.DataFrame) -> list[str]:
+    """A sentence for each row of a table: `"{model}: {mean:.2f} ({low:.2f} to {high:.2f})"`.
+
+    Args:
+        template: With columns in braces, as for `str.format`.
+        table: The table.
+    """
+    columns = list(map(str, table.columns))
+    return [template.format(**dict(zip(columns, row, strict=True))) for row in table.itertuples(index=False)]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -15,7 +15,12 @@ from streamlens.errors import UnknownTopicError, did_you_mean
 from streamlens.lab.experiments.trial import Settings
 from streamlens.runs import read_run
 
-__all__ = ["Results", "interval", "paired"]
+__all__ = ["Results", "file_name", "interval", "paired"]
+
+
+def file_name(name: str) -> str:
+    """The name of a topic, table or figure with hyphens for what files should not be called by."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name)
 
 
 class Results:
@@ -78,7 +83,7 @@ class Results:
         paths = []
         folder.mkdir(parents=True, exist_ok=True)
         for topic in self.topics:
-            paths.append(folder / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', topic)}.csv")
+            paths.append(folder / f"{file_name(topic)}.csv")
             self.rows(topic).to_csv(paths[-1], index=False)
         return paths
 
