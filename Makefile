@@ -14,12 +14,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BROWSERS := chromium chromium-browser google-chrome
 DEMO := runs/demo
+EXPERIMENTS := adam_moments ratio_schedule ratio_vs_loss curvature layer_freezing open_questions
+EXPERIMENT_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench programs setup clean
+.PHONY: help demo experiments test soak lint format bench programs setup clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits; leaves $(DEMO)/report.html"
+	@echo "make experiments  run the six experiments of docs/experiments.md, or what is missing of them"
 	@echo "make test    run the test suite"
 	@echo "make soak    run the tests that take long: kills, long runs, wide searches"
 	@echo "make lint    check style, types and docstrings"
@@ -56,6 +59,13 @@ setup: $(VENV)/.dev-installed
 demo: $(VENV)/.lab-installed
 	@$(BIN)/streamlens train --model AlexNetMini --dataset digits --epochs 10 --optimizer Adam \
 		--learning-rate 3e-3 --ratio --norm --health --train-accuracy --test-accuracy --out $(DEMO)
+
+# Two runs at a time with a thread each; what is done already is not run again.
+# EXPERIMENT_ARGS  handed to each script, such as EXPERIMENT_ARGS="--dataset CIFAR10 --data-dir data"
+experiments: $(VENV)/.dev-installed
+	@for name in $(EXPERIMENTS); do \
+		OMP_NUM_THREADS=1 $(BIN)/python examples/$$name.py $(EXPERIMENT_ARGS) || exit 1; \
+	done
 
 # Two workers with a thread each: more threads than cores would only wait for each other.
 test: $(VENV)/.dev-installed programs

@@ -126,6 +126,15 @@ def test_the_demo_trains_alexnet_mini_on_digits_into_a_visible_folder(checkout: 
         assert option in command
 
 
+def test_the_experiments_are_all_run_with_the_arguments_given(checkout: Path) -> None:
+    make_venv(checkout, "torch", "lab", "dev")
+    [loop] = plan(checkout, "experiments", "EXPERIMENT_ARGS=--smoke")[:1]
+    for name in ("adam_moments", "ratio_schedule", "ratio_vs_loss", "curvature", "layer_freezing"):
+        assert name in loop
+    assert "open_questions" in loop
+    assert "--smoke || exit 1" in "".join(plan(checkout, "experiments", "EXPERIMENT_ARGS=--smoke"))
+
+
 def test_lint_checks_style_format_and_types(checkout: Path) -> None:
     make_venv(checkout, "torch", "lab", "dev")
     commands = plan(checkout, "lint")
