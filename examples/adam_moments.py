@@ -33,8 +33,7 @@ def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Optimizers x networks x learning rates."""
     models = ("ConvNet",) if scale.smoke else ("ConvNet", "FullyConnected", "VGG")
     rates = (1e-3,) if scale.smoke else (5e-4, 1e-3, 1e-2)
-    width = scale.pick(smoke=4, digits=8, full=64)
-    epochs = scale.pick(smoke=1, digits=16, full=30)
+    width, epochs = scale.pick(smoke=(4, 1), digits=(8, 16), full=(64, 30))
     return [
         {"optimizer": optimizer, "model": model, "rate": rate, "width": width, "epochs": epochs}
         for optimizer, model, rate in itertools.product(("Adam", "SGD"), models, rates)

@@ -27,10 +27,10 @@ RULES: Final = ("layer_undersized", "layer_oversized")
 
 def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Thresholds of freezing, beside a run that only watches and a plain one; then widths of layers."""
-    epochs = scale.pick(smoke=6, digits=30, full=60)
+    epochs = scale.pick(smoke=4, digits=30, full=60)
     width = scale.pick(smoke=4, digits=16, full=64)
     widths = scale.pick(smoke=(2, 64), digits=(2, 8, 32, 128, 512), full=(2, 16, 128, 1024, 4096))
-    plans = ("plain", WATCHED, *THRESHOLDS)
+    plans = ("plain", WATCHED, *THRESHOLDS)[: 3 if scale.smoke else 5]
     freezing: list[ex.Settings] = [
         {"part": "freezing", "plan": plan, "width": width, "epochs": epochs} for plan in plans
     ]

@@ -33,17 +33,17 @@ def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Adam, SGD with Adam's rates and with one rate; then optimizers with and without batch norm."""
     epochs = scale.pick(smoke=1, digits=16, full=40)
     width = scale.pick(smoke=4, digits=8, full=64)
-    rates = scale.pick(smoke=(0.1,), digits=(0.03, 0.1, 0.3), full=(0.01, 0.03, 0.1))
+    rates = scale.pick(smoke=(0.1,), digits=(0.1, 0.3), full=(0.01, 0.03, 0.1))
     methods = [
         ("Adam", BASE),
         (FOLLOWED, 0.0),
         (CONSTANT, 0.0),
         *((f"SGD, {rate:g}", rate) for rate in rates),
     ]
-    pairs = [("Adam", 1e-3), ("Adam", 1e-2), ("SGD", 1e-2), ("SGD", 1e-1)]
+    pairs = [("Adam", 1e-3), ("SGD", 1e-1)]
     parts: list[ex.Settings] = []
     parts += [{"part": "rates", "method": method, "rate": rate, "net": "ConvNet"} for method, rate in methods]
-    for net, (method, rate) in itertools.product(NETS, pairs[:2] if scale.smoke else pairs):
+    for net, (method, rate) in itertools.product(NETS, pairs):
         parts.append({"part": "norm", "method": method, "rate": rate, "net": net})
     return [{**part, "width": width, "epochs": epochs} for part in parts]
 

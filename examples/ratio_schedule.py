@@ -40,7 +40,7 @@ def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Schedules x base rates x batch sizes, and beside them the ratio fixed layer by layer."""
     rates = scale.pick(smoke=(0.1,), digits=(0.003, 0.1, 1.0), full=(0.003, 0.2, 1.0))
     batches = scale.pick(smoke=(256,), digits=(32, 256), full=(32, 128, 512))
-    epochs = scale.pick(smoke=2, digits=20, full=100)
+    epochs = scale.pick(smoke=1, digits=20, full=100)
     # What scales gradients to one ratio comes to the same whatever the rate is.
     grid = [*itertools.product(SCHEDULES, rates), ("fixed ratio", rates[len(rates) // 2])]
     return [

@@ -89,8 +89,8 @@ def lines(rows: pd.DataFrame, quantities: list[str], *, log: bool = False) -> ex
 
 
 def scatter(rows: pd.DataFrame) -> ex.Figure:
-    """Ratio against decrease, step by step, coloured by time: 400 steps of each rate."""
-    some = rows[rows.ratio > 0].groupby("rate").sample(400, replace=True, random_state=0)
+    """Ratio against decrease, step by step, coloured by time: 150 steps of each rate."""
+    some = rows[rows.ratio > 0].groupby("rate").sample(150, replace=True, random_state=0)
     chart = alt.Chart(some, width=220, height=180).mark_circle(size=14, opacity=0.7)
     coloured: alt.Chart = chart.encode(
         x=alt.X("ratio:Q", scale=alt.Scale(type="log", nice=False), title="update-to-weight ratio"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +47,14 @@ def test_the_smoke_version_leaves_answers_tables_and_figures(
         assert len(pd.read_csv(out / f"table-{file_name(name)}.csv")) == len(table)
     assert any(map(len, findings.tables.values()))
     assert len(pd.read_csv(out / "test_accuracy.csv")) > 0
+
+
+def test_the_page_shows_each_figure_there_is_and_names_each_script() -> None:
+    text = (EXAMPLES.parent / "docs" / "experiments.md").read_text()
+    shown = set(re.findall(r"\]\(experiments/([^)]+)\)", text))
+    assert shown == {path.name for path in (EXAMPLES.parent / "docs" / "experiments").iterdir()}
+    for experiment in EXPERIMENTS:
+        assert f"`python examples/{experiment.name}.py`" in text
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)

@@ -49,7 +49,7 @@ def curves(
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     base = alt.Chart(table, width=size[0], height=size[1]).encode(
         x=alt.X(f"{x}:Q", title=x, axis=alt.Axis(tickCount=5)),
-        color=alt.Color(f"{color}:N", sort=None, legend=alt.Legend(columns=4)),
+        color=alt.Color(f"{color}:N", sort=None, legend=alt.Legend(columns=4, symbolOpacity=1)),
     )
     band = base.mark_area(opacity=0.2, clip=True).encode(
         y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"
@@ -87,7 +87,7 @@ def points(
     base = alt.Chart(table, width=size[0], height=size[1]).encode(
         x=alt.X(f"{x}:N", title=x, sort=None, axis=alt.Axis(labelAngle=0)),
         xOffset=alt.XOffset(f"{color}:N", sort=None),
-        color=alt.Color(f"{color}:N", sort=None, legend=alt.Legend(columns=4)),
+        color=alt.Color(f"{color}:N", sort=None, legend=alt.Legend(columns=4, symbolOpacity=1)),
     )
     bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q")
     dots = base.mark_point(filled=True, size=45, opacity=1).encode(
