@@ -69,12 +69,14 @@ class SinkError(StreamlensError, RuntimeError):
         message: What, and what to do about it.
         retry: Whether the same write may succeed later.
         after: Seconds to wait before that at least.
+        lost: Raised by `flush` or `close`: how many frames `write` had taken that are lost after all.
     """
 
-    def __init__(self, message: str, *, retry: bool = True, after: float = 0.0) -> None:
+    def __init__(self, message: str, *, retry: bool = True, after: float = 0.0, lost: int = 0) -> None:
         super().__init__(message)
         self.retry = retry
         self.after = after
+        self.lost = lost
 
 
 def missing_package(user: str, package: str, extra: str) -> ImportError:

@@ -115,7 +115,11 @@ class Sink(ObserverBase[Frame], ABC):
         """Bring what was written to where others can read it; comes after each round of writes."""
 
     def close(self) -> None:
-        """Let go of what `open` took."""
+        """Let go of what `open` took.
+
+        A sink that holds frames beyond `write` and cannot keep them raises `SinkError(lost=...)` with
+        their number, so that they are not counted as written.
+        """
 
     def subscribed(self, dispose: Callable[[], None]) -> None:
         """Get to know that a chain ends here from now on; by default that is of no interest.

@@ -346,9 +346,20 @@ class Channel:
             hook()
         except BaseException as raised:  # as above
             if self._opened is not None:
-                self._fail(as_exception(raised), self._opened)
+                failure = as_exception(raised)
+                if isinstance(failure, SinkError) and failure.lost:
+                    self._take_back(self._opened, failure.lost)
+                self._fail(failure, self._opened)
             return False
         return True
+
+    def _take_back(self, session: Session, lost: int) -> None:
+        """Count frames as failed that a `write` took and that are lost all the same."""
+        with self._lock:
+            session.failed += lost
+            self._tally.written -= lost
+            self._tally.dropped += lost
+            self._tally.failed += lost
 
     def _retire(self) -> bool:
         """Close the sink and end the thread, unless more frames have come meanwhile."""

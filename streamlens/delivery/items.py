@@ -23,12 +23,12 @@ class SinkStats:
 
     Attributes:
         emitted: Frames given to the sink.
-        written: Frames that its `write` took.
-        dropped: Frames lost: at a full queue, in failed writes, at a close that ran out of time,
+        written: Frames that its `write` took and that it has not lost since.
+        dropped: Frames lost: at a full queue, in failed writes, at a close that failed or ran out of time,
             and those that the sink cannot show, that another chain writes already, or whose step
             turned out to be none.
         queued: Frames that wait or are in a write under way.
-        failed: Those of the dropped frames whose write failed for good.
+        failed: Those of the dropped frames whose write failed for good, or that the sink's closing lost.
         last_error: The last exception of the sink.
     """
 

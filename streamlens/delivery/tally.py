@@ -18,9 +18,9 @@ class Tally:
 
     Attributes:
         emitted: Frames given to the sink.
-        written: Frames that its `write` took.
+        written: Frames that its `write` took and that it has not lost since.
         dropped: Frames lost, for whatever reason.
-        failed: Those of them whose write failed for good.
+        failed: Those of them whose write failed for good, or that the sink lost after it.
         overrun: Those of them that a full queue had no room for.
         last_error: The last exception of the sink.
     """

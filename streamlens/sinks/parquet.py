@@ -152,9 +152,10 @@ class Parquet(Sink):
             return
         try:
             self._save()
-        except OSError as error:
+        except Exception as error:
             raise SinkError(
-                f"the last {self._unsaved_frames:,} frames could not be saved: {error}"
+                f"the last {self._unsaved_frames:,} frames could not be saved: {error}",
+                lost=self._unsaved_frames,
             ) from error
         finally:
             self._begin_part(0)

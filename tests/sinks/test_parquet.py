@@ -246,6 +246,23 @@ def test_frames_that_cannot_be_saved_in_the_end_are_an_error(
     sink.close()
 
 
+def test_frames_that_cannot_be_saved_in_the_end_count_as_lost_and_not_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = Parquet(tmp_path / "run")
+    chain = Connected(sink)
+    assert chain.send(*frames(0, 1))
+    full(monkeypatch, sink)
+    assert not chain.send(*frames(2, 3, 4))
+    assert not chain.close()
+    monkeypatch.undo()
+    assert [step for _, step, _ in points(sink.path)] == [0, 1]
+    stats = chain.stats
+    assert (stats.emitted, stats.written, stats.dropped, stats.failed, stats.queued) == (5, 2, 3, 3, 0)
+    (said,) = [message for message in caplog.messages if "lost" in message]
+    assert said.startswith("sink Parquet lost 3 frames: 3 in writes that failed (the last: the last 3 frames")
+
+
 def test_the_metadata_names_the_run(tmp_path: Path) -> None:
     written(Parquet(tmp_path / "run"), *frames(0), run=RunInfo("a", name="digits"))
     metadata = pq.read_schema(tmp_path / "run" / "part-000000.parquet").metadata
