@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import streamlens as sl
-from streamlens.lab import load_dataset, make_loader
+from streamlens.lab import Trainer, load_dataset
 
 __all__ = ["main", "train"]
 
@@ -25,33 +25,25 @@ def train(base: float, epochs: int, *, steered: bool) -> tuple[pd.DataFrame, flo
     """Train, and give the mean update-to-weight ratio and the rate of each step, and the test accuracy."""
     torch.manual_seed(0)
     data = load_dataset("digits")
-    loader = make_loader(data.train, batch_size=64, shuffle=True, seed=0)
     model = nn.Sequential(
         nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 10)
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=base)
-    criterion = nn.CrossEntropyLoss()
+    trainer = Trainer(model, data, optimizer="SGD", learning_rate=base, epochs=epochs, batch_size=64)
     steps: list[dict[str, float]] = []
 
     def note(frame: sl.Frame) -> None:
         ratio = sum(frame.to_dict().values()) / len(frame)
-        steps.append({"step": frame.step, "ratio": ratio, "rate": optimizer.param_groups[0]["lr"]})
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        steps.append({"step": frame.step, "ratio": ratio, "rate": rate})
 
-    with sl.observe(model) as lens:
+    with trainer.lens as lens:
         lens.pipe(sl.uw_ratio()).subscribe(note)
         if steered:
             # `smoothing` weighs the newest ratio: those of single batches are noisy.
             controller = sl.control.RatioLR(target=TARGET, mode="current", smoothing=0.5, slew_limit=1.5)
             lens.pipe(sl.uw_ratio()).subscribe(controller)
-        for _ in lens.epochs(epochs):
-            for x, y in lens.batches(loader):
-                optimizer.zero_grad()
-                criterion(model(x), y).backward()
-                optimizer.step()
-        with lens.paused(), torch.no_grad():
-            images, labels = data.test.tensors
-            accuracy = (model(images).argmax(1) == labels).float().mean().item()
-    return pd.DataFrame(steps), accuracy
+        results = trainer.fit()
+    return pd.DataFrame(steps), results[-1].test_accuracy or 0.0
 
 
 def figure(runs: pd.DataFrame) -> alt.HConcatChart:
