@@ -79,7 +79,7 @@ class MLflow(Sink):
         self._given = run_id
         self.run_id = run_id
         self._client: Any = None
-        self._of: tuple[str, int | None] | None = None
+        self._of: tuple[str, str] | None = None
         self._done: tuple[Frame, int] | None = None
         self._too_long: set[str] = set()
         self.back_off = 0.25
@@ -91,7 +91,7 @@ class MLflow(Sink):
             MlflowException: The store cannot be reached.
         """
         self._client = self._client_of(tracking_uri=self._uri)
-        attempt = run.id, run.resumed_at
+        attempt = run.id, run.resumption
         if self._given is None and self._of != attempt:
             self.run_id = self._begin(run)
         elif self._given is None:

@@ -15,6 +15,7 @@ from streamlens.sink import RunInfo, Sink, ValueKind
 from streamlens.sinks._append_file import say_removed
 from streamlens.sinks._histograms import Histogram, histogram_of
 from streamlens.sinks._names import ANY_TEXT
+from streamlens.sinks._run_file import has_gone_back, must_go_back
 from streamlens.sinks._values import host_values, stacked_values
 
 if TYPE_CHECKING:
@@ -96,11 +97,16 @@ class TensorBoard(Sink):
             ) from error
         now = time.time()
         first = [self._protos.Event(wall_time=now, file_version="brain.Event:2")]
-        if run.resumed_at is not None:
-            # TensorBoard then drops what other files of the folder hold from this step on.
+        folder = self.logdir.resolve()
+        goes_back = must_go_back(folder, run)
+        if goes_back and run.resumed_at is not None:
+            # TensorBoard then drops what other files of the folder hold from this step on: once a
+            # resumption, or what this attempt has written itself would go as well.
             start = self._protos.SessionLog(status=self._protos.SessionLog.START)
             first.append(self._protos.Event(wall_time=now, step=run.resumed_at + 1, session_log=start))
         self._file.append(event.SerializeToString() for event in first)
+        if goes_back:
+            has_gone_back(folder, run)
 
     def write(self, frames: Sequence[Frame]) -> None:
         """Append one event a frame.

@@ -36,9 +36,9 @@ class WandB(Sink):
     within a topic or layer is `_x2f_`.
 
     The sink begins a W&B run of its own beside one that the program may have, with the run's metadata as its
-    config. W&B cannot take back what was logged, so a run that is resumed is one more W&B run, of the same
-    group (the run's id), which begins behind the snapshot's step. It is kept off the console and takes no
-    system metrics, unless `settings=` says otherwise.
+    config. W&B cannot take back what was logged, so each time that a run is resumed is one more W&B run,
+    of the same group (the run's id), which begins behind the snapshot's step. It is kept off the
+    console and takes no system metrics, unless `settings=` says otherwise.
 
     Args:
         project: The W&B project.
@@ -78,7 +78,10 @@ class WandB(Sink):
             wandb.Error: It cannot be begun.
         """
         if self._given is None:
-            attempt = run.id if run.resumed_at is None else f"{run.id}-from-{run.resumed_at + 1}"
+            attempt = run.id
+            if run.resumed_at is not None:
+                # Two attempts from one snapshot are two W&B runs.
+                attempt += f"-from-{run.resumed_at + 1}-{run.resumption[:8]}".rstrip("-")
             quiet = {"console": "off", "silent": True, "x_disable_stats": True}
             settings = self._init.get("settings") or {}
             own = {

@@ -89,6 +89,19 @@ def test_opened_again_it_goes_on_and_resumed_it_is_a_run_of_its_own(store: str) 
     assert history(store, resumed.info.run_id, "norm/layer0") == [(1, 9.0, 100_000)]
 
 
+def test_a_sink_that_goes_back_twice_to_one_snapshot_begins_two_runs(store: str) -> None:
+    sink = MLflow(store)
+    for value, resumption in enumerate("aab"):
+        run = RunInfo(id="f00d", resumed_at=0, resumption=resumption)
+        written(sink, norms(1 + value % 2, [float(value)]), run=run)
+    first, second = runs(store)
+    assert [(step, value) for step, value, _ in history(store, first.info.run_id, "norm/layer0")] == [
+        (1, 0.0),
+        (2, 1.0),
+    ]
+    assert history(store, second.info.run_id, "norm/layer0") == [(1, 2.0, 100_000)]
+
+
 def test_a_given_run_is_written_and_stays_open(store: str) -> None:
     client = MlflowClient(tracking_uri=store)
     own = client.create_run(client.create_experiment("mine")).info.run_id

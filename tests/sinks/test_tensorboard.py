@@ -172,13 +172,32 @@ def test_events_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
     sink.close()
 
 
+def age(folder: Path) -> None:
+    """Have the newest event file precede those to come: they are read by their names, which count seconds."""
+    aged = [path for path in folder.iterdir() if ".old" in path.name]
+    (newest,) = set(folder.iterdir()) - set(aged)
+    newest.rename(folder / f"events.out.tfevents.000000000{len(aged)}.old")
+
+
 def test_a_resumed_run_hides_the_later_steps_of_an_earlier_attempt(tmp_path: Path) -> None:
     written(tmp_path, *(norms(step, [1.0]) for step in range(10)))
-    # Event files are read in the order of their names, which count seconds.
-    (earlier,) = tmp_path.iterdir()
-    earlier.rename(tmp_path / "events.out.tfevents.0000000001.host")
+    age(tmp_path)
     events = written(tmp_path, norms(5, [2.0]), run=RunInfo(id="f00d", resumed_at=4))
     assert scalars(events, "norm/layer0") == [*((step, 1.0) for step in range(5)), (5, 2.0)]
+
+
+def test_a_resumed_run_hides_nothing_that_it_wrote_itself(tmp_path: Path) -> None:
+    run = RunInfo(id="f00d", resumed_at=4, resumption="a")
+    written(tmp_path, norms(4, [1.0]), norms(5, [1.0]))
+    age(tmp_path)
+    written(tmp_path, norms(5, [2.0]), norms(6, [2.0]), run=run)
+    age(tmp_path)
+    # Its sink was subscribed again, or there are two of them.
+    events = written(tmp_path, norms(7, [2.0]), run=run)
+    assert scalars(events, "norm/layer0") == [(4, 1.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+    age(tmp_path)
+    events = written(tmp_path, norms(5, [3.0]), run=RunInfo(id="f00d", resumed_at=4, resumption="b"))
+    assert scalars(events, "norm/layer0") == [(4, 1.0), (5, 3.0)]
 
 
 def test_a_failed_write_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

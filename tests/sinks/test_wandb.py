@@ -151,7 +151,7 @@ def test_sentences_are_texts_and_bytes_are_images(folder: Path) -> None:
 def test_the_run_is_named_and_configured_by_ours_and_resumed_it_is_another_of_its_group(folder: Path) -> None:
     run = RunInfo(id="f00d", name="digits-7", metadata={"optimizer": "Adam"})
     written(offline(folder, tags=["a"]), norms(0, [1.0]), run=run)
-    written(offline(folder), norms(4, [1.0]), run=RunInfo(id="f00d", resumed_at=3))
+    written(offline(folder), norms(4, [1.0]), run=RunInfo(id="f00d", resumed_at=3, resumption="abcd1234ef"))
     begun, resumed = (record for record in records(folder, "run") if record.run_id)
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert (begun.run_id, begun.display_name, begun.run_group, list(begun.tags)) == (
@@ -161,7 +161,16 @@ def test_the_run_is_named_and_configured_by_ours_and_resumed_it_is_another_of_it
         ["a"],
     )
     assert config["optimizer"] == "Adam"
-    assert (resumed.run_id, resumed.run_group) == ("f00d-from-4", "f00d")
+    assert (resumed.run_id, resumed.run_group) == ("f00d-from-4-abcd1234", "f00d")
+
+
+def test_two_attempts_from_one_snapshot_are_two_runs_and_one_that_goes_on_is_one(folder: Path) -> None:
+    attempts = [RunInfo(id="f00d", resumed_at=3, resumption=mark * 32) for mark in "aab"]
+    sink = offline(folder)
+    for step, run in enumerate(attempts, start=4):
+        written(sink, norms(step, [1.0]), run=run)
+    begun = [record.run_id for record in records(folder, "run") if record.run_id]
+    assert begun == ["f00d-from-4-aaaaaaaa", "f00d-from-4-aaaaaaaa", "f00d-from-4-bbbbbbbb"]
 
 
 def test_a_run_of_the_programs_own_is_written_and_stays_open(folder: Path) -> None:
