@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,7 +27,7 @@ class Unowned:
     Optimizers become known by stepping, some of them late: after a warm-up, or every tenth step. What such
     a one's parameter holds when the first optimizer has stepped need not be its value after that step's
     updates, so it waits for the step's end; what nobody holds comes with the first optimizer. At the first
-    step of all, every parameter with a gradient that no known optimizer owns waits.
+    step of all, every parameter with a gradient, or about to get one, that no known optimizer owns waits.
 
     Attributes:
         given: The parameters that came with the first optimizer of the open step: they do not come again.
@@ -51,7 +52,9 @@ class Unowned:
             owned: The places of those that some optimizer is known to own.
         """
         free = [entry for entry in entries if entry.order not in owned]
-        learning = [entry for entry in free if entry.gradient is not None]
+        # Within a backward, where optimizers step parameter by parameter, most gradients are still to come.
+        coming = torch._C._current_graph_task_id() != -1
+        learning = [e for e in free if e.gradient is not None or (coming and e.parameter.requires_grad)]
         held = self._holders.of(learning) if learning else frozenset()
         self._waiting = frozenset(
             e.order for e in learning if e.order not in self._settled or e.order in held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import pytest
@@ -250,23 +251,42 @@ def test_sharpness_aware_minimisation_is_one_step_whose_gradient_is_the_one_cons
     assert points(outputs) == [(k, m) for k in range(3) for m in range(2)]
 
 
+def step_in_backward(parameters: Iterable[nn.Parameter]) -> None:
+    """Give each parameter an optimizer that steps as soon as its gradient is there."""
+    for parameter in parameters:
+        optimizer = SGD([parameter], lr=0.1)
+
+        def step(p: Tensor, optimizer: Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+
+
+def test_optimizers_within_the_backward_give_each_weight_once_a_step_as_updated() -> None:
+    model, twin = perceptron(), perceptron()
+    frozen, *learning = model.parameters()
+    frozen.requires_grad_(False)
+    next(twin.parameters()).requires_grad_(False)
+    truth = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[:3], squared_error)
+    with observed(model) as lens:
+        weights = record(lens, sl.norm("parameters"))
+        step_in_backward(learning)
+        for batch in BATCHES[:3]:
+            squared_error(model, batch).backward()
+    for k, step in enumerate(truth):
+        given = [(layer, float(value)) for f in weights if f.step == k for layer, value in f.items()]
+        assert len(given) == len(step.after)
+        expected = {layer: float(value) for layer, value in norms(step.after).items()}
+        assert dict(given) == pytest.approx(expected, rel=1e-6)
+
+
 def test_optimizers_within_the_backward_give_one_frame_a_step_once_known() -> None:
     model, twin = perceptron(), perceptron()
-
-    def attach(m: nn.Module) -> None:
-        for parameter in m.parameters():
-            optimizer = SGD([parameter], lr=0.1)
-
-            def step(p: Tensor, optimizer: Optimizer = optimizer) -> None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-            parameter.register_post_accumulate_grad_hook(step)
-
     truth = train_by_hand(twin, SGD(twin.parameters(), lr=0.1), BATCHES[:3], squared_error)
     with observed(model) as lens:
         updates, outputs = record(lens, sl.norm("parameter_updates")), record(lens, sl.norm("activations"))
-        attach(model)
+        step_in_backward(model.parameters())
         for batch in BATCHES[:3]:
             squared_error(model, batch).backward()
     assert_steps_equal(
