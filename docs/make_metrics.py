@@ -45,7 +45,8 @@ STREAM: Final = frozenset(
 
 _HEAD: Final = """# Every operator
 
-Made by `python docs/make_metrics.py` from the docstrings, which say more: `help(sl.norm)`. A Lens is what
+Made by `python docs/make_metrics.py` from the docstrings, which say more: `help(sl.norm)`; what a family has
+in common stands at the head of its module: `help("streamlens.operators.statistics")`. A Lens is what
 `sl.observe(model)` returns; a replay is a stream of stored frames, which carries what was stored. "Any
 stream" means a Lens (there the work is done where the tensors are, for all layers at once), a plain
 Observable of frames, or a replay.
@@ -99,7 +100,8 @@ def sentences_of(text: str) -> list[str]:
 
 def joined(sentences: Iterable[str]) -> str:
     """Sentences as one text, without its last full stop."""
-    return ". ".join(s[0].upper() + s[1:].rstrip(";.") for s in sentences)
+    bare = [s.removeprefix("- ") for s in sentences]
+    return ". ".join(s[0].upper() + s[1:].rstrip(";.") for s in bare)
 
 
 def told_of(text: str, operator: Callable[..., Any], pattern: str) -> list[str]:
@@ -123,10 +125,14 @@ def nan_of(text: str, operator: Callable[..., Any]) -> str:
     return joined(told_of(text, operator, r"NaN|`nan`"))
 
 
-def value_of(text: str) -> str:
-    """What it says of its value: topic, unit and range."""
-    told = re.compile(r"^(The )?(value|values|result)\b|, as topic|the value is|is topic\b", re.IGNORECASE)
-    return joined(s for s in sentences_of(text)[1:] if told.search(s))
+def value_of(text: str, operator: Callable[..., Any]) -> str:
+    """What it says of its value: topic, unit and range; the unit is perhaps told of all in its module."""
+    value = r"^((The|Two) )?(value|values|result)\b|, as topic|\b(the|its) value is|is topic\b"
+    told = [s for s in sentences_of(text)[1:] if re.search(value, s, re.IGNORECASE)]
+    unit = r"\bunits?\b|\bin [\[(]|\bthe elements' unit"
+    if ".alerts." not in operator.__module__ and not any(re.search(unit, s) for s in told):
+        told += [s for s in told_of(text, operator, unit) if s not in told and s != sentences_of(text)[0]]
+    return joined(told)
 
 
 def needs_of(name: str, operator: Callable[..., Any]) -> str:
@@ -152,7 +158,7 @@ def row_of(name: str, operator: Callable[..., Any]) -> str:
     cells = (
         f"`{name}({', '.join(required)})`",
         sentences_of(text)[0].rstrip(";."),
-        value_of(text),
+        value_of(text, operator),
         cost_of(text, operator),
         nan_of(text, operator),
         needs_of(name, operator),

@@ -43,8 +43,8 @@ _BANDS: Final = (0.0, 5.0, 25.0, 50.0, 75.0, 95.0, 100.0)
 def median(topic: str | None = None, *, sample: int | None = None) -> Operator:
     """The median of each layer's elements, as topic `<topic>.median`.
 
-    Of an even number of elements it is the mean of the middle two. `sample` reads only so many of
-    them: the error of that, and the cost, are stated at the head of this module.
+    Of an even number of elements it is the mean of the middle two. With `sample=k` the value is that of a
+    level that differs from 0.5 by a standard error of at most 0.5 / sqrt(k).
 
     Args:
         topic: The topic to select; the stream as it is unless given.
@@ -70,8 +70,8 @@ def quantiles(
     Args:
         topic: The topic to select; the stream as it is unless given.
         q: The levels, each from 0 to 1.
-        sample: How many elements of a larger tensor are read; all unless given. The head of this
-            module states the error.
+        sample: How many elements of a larger tensor are read; all unless given. Of k elements the value for
+            level q is that of a level which differs by a standard error of at most sqrt(q (1 - q) / k).
 
     Returns:
         The operator.
@@ -100,8 +100,8 @@ def percentile_bands(
     Args:
         topic: The topic to select; the stream as it is unless given.
         percentiles: The percentiles, each from 0 to 100.
-        sample: How many elements of a larger tensor are read; all unless given. The head of this
-            module states the error.
+        sample: How many elements of a larger tensor are read; all unless given. Of k elements the value for
+            level q is that of a level which differs by a standard error of at most sqrt(q (1 - q) / k).
 
     Returns:
         The operator.

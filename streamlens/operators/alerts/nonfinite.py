@@ -142,9 +142,9 @@ class _NonfiniteValues(Rule):
     @property
     def advice(self) -> str:
         return (
-            "Look at this step's batch and at divisions, logarithms, roots and exponentials there; "
-            "torch.autograd.detect_anomaly() names the operation, and a lower learning rate, clipped "
-            "gradients or a wider number format prevent overflows"
+            "Look at this step's batch, at the weights there (an update before may have spoilt them) and at "
+            "divisions, logarithms, roots and exponentials; torch.autograd.detect_anomaly() names the "
+            "operation, and a lower learning rate, clipped gradients or a wider number format prevent overflows"
         )
 
 
