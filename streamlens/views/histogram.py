@@ -186,8 +186,19 @@ def _label(edge: float) -> str:
 
 def _thinned(edges: Sequence[float]) -> list[int]:
     """The places of at most a dozen edges, powers of ten where there are several."""
+    values = np.array(edges)
     with np.errstate(divide="ignore", invalid="ignore"):
-        exponents = np.log10(np.abs(np.array(edges)))
-        tens = np.flatnonzero(np.abs(exponents - exponents.round()) < _NEAR).tolist()
-    places = tens if len(tens) >= _FEWEST_TENS else list(range(len(edges)))
-    return places[:: -(-len(places) // _MOST_LABELS)]
+        exponents = np.log10(np.abs(values))
+        tens = np.abs(exponents - exponents.round()) < _NEAR
+    if tens.sum() < _FEWEST_TENS:
+        return _every(list(range(len(edges))), _MOST_LABELS)
+    places: list[int] = []
+    for side in (np.flatnonzero(values < 0), np.flatnonzero(values >= 0)):
+        # Where bins are joined, the edges of one side may miss the powers that those of the other meet.
+        met = side[tens[side]]
+        places += _every((met if len(met) else side).tolist(), _MOST_LABELS // 2)
+    return places
+
+
+def _every(places: list[int], most: int) -> list[int]:
+    return places[:: -(-len(places) // most) or 1]

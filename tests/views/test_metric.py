@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -102,6 +103,18 @@ def test_steps_and_bins_are_joined_until_there_is_room_and_shares_add_up() -> No
     assert len({row["bin"] for row in cells}) <= 48
     by_step = pd.DataFrame(cells).groupby("step")["share"].sum()
     np.testing.assert_allclose(by_step, 1.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("number", [33, 44, 60, 110])
+def test_logarithmic_bins_are_labelled_on_both_sides_of_zero_however_they_are_joined(number: int) -> None:
+    names = Bins(1e-8, 1e3, number, log=True).components
+    table = pd.DataFrame({"step": 0, "epoch": 0, "layer": "a", "component": names, "value": 1.0})
+    axes = [layer["encoding"]["y"].get("axis", {}) for layer in histogram(table).to_dict()["layer"]]
+    [expression] = [axis["labelExpr"] for axis in axes if "labelExpr" in axis]
+    labels = list(json.loads(expression.removesuffix("[datum.value]")).values())
+    negative = [label for label in labels if label.startswith("\u2212")]
+    assert 3 <= len(negative) <= 6
+    assert 3 <= len(labels) - len(negative) <= 6
 
 
 def test_nan_and_infinities_in_a_histogram_are_marked_at_their_step() -> None:

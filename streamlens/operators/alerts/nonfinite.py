@@ -144,7 +144,7 @@ class _NonfiniteValues(Rule):
         return (
             "Look at this step's batch, at the weights there (an update before may have spoilt them) and at "
             "divisions, logarithms, roots and exponentials; torch.autograd.detect_anomaly() names the "
-            "operation, and a lower learning rate, clipped gradients or a wider number format prevent overflows"
+            "operation; a lower learning rate, clipped gradients or a wider number format prevent overflows"
         )
 
 
