@@ -95,16 +95,51 @@ def _epochs(models: Sequence[ModelRows], steps: int) -> list[Tile]:
 
 
 def _loss(model: ModelRows, of: str) -> list[Tile]:
-    for topic, note in (("loss.ema", "moving average at the end"), ("loss", "of the last step")):
-        rows = model.rows.get(topic)
-        if rows is None or not len(rows):
-            continue
-        last = rows[rows["step"] == rows["step"].max()]
-        value = float(np.mean(last["value"].to_numpy(dtype=np.float64)))
-        if "component" in last.columns and last["component"].nunique() > 1:
-            note = f"mean of {last['component'].nunique()} losses, {note}"
-        return [Tile(f"final loss{of}", f"{value:.4g}", note, "" if math.isfinite(value) else "watch")]
-    return []
+    recorded = [topic for topic in ("loss.ema", "loss") if len(model.rows.get(topic, ()))]
+    if not recorded:
+        return []
+    rows = model.rows[recorded[0]]
+    last = rows[rows["step"] == rows["step"].max()]
+    value = float(np.mean(last["value"].to_numpy(dtype=np.float64)))
+    note = "moving average at the end" if recorded[0] == "loss.ema" else "of the last step"
+    # An average skips what is not finite: it would show a number for a run that has ended in NaN.
+    ended = _not_finite_from(model.rows["loss"]) if "loss" in recorded else None
+    if ended is not None:
+        average = f"; moving average before it {value:.4g}" if math.isfinite(value) else ""
+        return [
+            Tile(f"final loss{of}", ended.value, f"not finite from step {ended.step:,} on{average}", "watch")
+        ]
+    if "component" in last.columns and last["component"].nunique() > 1:
+        note = f"mean of {last['component'].nunique()} losses, {note}"
+    return [Tile(f"final loss{of}", _plain(value), note, "" if math.isfinite(value) else "watch")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    step: int
+    value: str
+
+
+def _not_finite_from(rows: pd.DataFrame) -> _Ended | None:
+    """Since when every step up to the last one has a value that is not finite; None if the last has none."""
+    values = rows["value"].to_numpy(dtype=np.float64)
+    steps = rows["step"].to_numpy()
+    missing = ~np.isfinite(values)
+    bad = np.unique(steps[missing])
+    if not len(bad) or bad[-1] != steps.max():
+        return None
+    fine = np.setdiff1d(steps, bad)
+    since = bad if not len(fine) else bad[bad > fine.max()]
+    # Of several losses one may have stayed finite: their mean has not.
+    with np.errstate(invalid="ignore"):
+        value = float(np.mean(values[missing & (steps == bad[-1])]))
+    return _Ended(int(since[0]), _plain(value))
+
+
+def _plain(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return f"{value:.4g}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
 
 
 def _accuracy(model: ModelRows, of: str) -> list[Tile]:
@@ -117,7 +152,9 @@ def _accuracy(model: ModelRows, of: str) -> list[Tile]:
     if np.isfinite(values).any():
         best = int(np.nanargmax(np.where(np.isfinite(values), values, np.nan)))
         note = f"best {values[best]:.1%}, at step {int(ordered['step'].iloc[best]):,}"
-    return [Tile(f"test accuracy{of}", f"{values[-1]:.1%}", note)]
+    known = math.isfinite(values[-1])
+    shown = f"{values[-1]:.1%}" if known else _plain(values[-1])
+    return [Tile(f"test accuracy{of}", shown, note, "" if known else "watch")]
 
 
 def _duration(models: Sequence[ModelRows], steps: int) -> list[Tile]:
@@ -155,4 +192,17 @@ def _ratio(model: ModelRows, of: str) -> list[Tile]:
         place = "above" if exponent > -2.5 else "below" if exponent < -3.5 else "around"
         value, good = scientific(median), place == "around"
         note = f"median of layers and steps, {place} the usual 10⁻³"
+    if len(known) and (at_the_end := _layers_not_finite(rows)):
+        note, good = f"{note}; {at_the_end} at the end", False
     return [Tile(f"update-to-weight ratio{of}", value, note, "good" if good else "watch", wide=True)]
+
+
+def _layers_not_finite(rows: pd.DataFrame) -> str:
+    """How many layers' last values are not finite, in words; `""` if none."""
+    last = rows.sort_values("step", kind="stable").groupby("layer", sort=False).tail(1)
+    count = int((~np.isfinite(last["value"].to_numpy(dtype=np.float64))).sum())
+    if not count:
+        return ""
+    if count == len(last):
+        return "NaN or infinity in every layer"
+    return f"NaN or infinity in {count} layer{'s' if count > 1 else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 
 from streamlens.views.sections import read_models
@@ -35,7 +36,45 @@ def test_the_final_loss_is_the_average_where_recorded_else_the_last() -> None:
 
 def test_a_loss_that_ended_as_nan_says_so() -> None:
     ended = tile("final loss", {"loss": rows({"": [3.0, math.nan]})})
-    assert (ended.value, ended.verdict) == ("nan", "watch")
+    assert (ended.value, ended.verdict) == ("NaN", "watch")
+
+
+def test_an_average_that_skips_nan_does_not_hide_that_the_run_ended_in_it() -> None:
+    loss = rows({"": [3.0, math.nan, 2.0, math.inf, math.nan]})
+    ended = tile("final loss", {"loss": loss, "loss.ema": rows({"": [3.0, 3.0, 2.5, 2.5, 2.5]})})
+    assert (ended.value, ended.verdict) == ("NaN", "watch")
+    assert ended.note == "not finite from step 3 on; moving average before it 2.5"
+
+
+def test_a_loss_that_recovered_from_nan_shows_its_average() -> None:
+    loss = rows({"": [3.0, math.nan, 2.0]})
+    found = tile("final loss", {"loss": loss, "loss.ema": rows({"": [3.0, 3.0, 2.5]})})
+    assert (found.value, found.verdict) == ("2.5", "")
+
+
+def test_one_of_several_losses_that_ended_as_infinity_is_named() -> None:
+    both = pd.concat(
+        [
+            rows({"": [1.0, 1.0]}).assign(component="a"),
+            rows({"": [1.0, math.inf]}).assign(component="b"),
+        ]
+    )
+    found = tile("final loss", {"loss": both})
+    assert (found.value, found.verdict) == ("∞", "watch")
+
+
+def test_a_test_accuracy_that_ended_as_nan_says_so() -> None:
+    found = tile("test accuracy", {"test_accuracy": rows({"": [0.5, math.nan]}, every=10)})
+    assert (found.value, found.verdict) == ("NaN", "watch")
+    assert found.note == "best 50.0%, at step 0"
+
+
+def test_a_ratio_whose_layers_ended_as_nan_says_how_many() -> None:
+    some = tile("update-to-weight ratio", {"uw_ratio": rows({"a": [1e-3, math.nan], "b": [1e-3, 1e-3]})})
+    assert some.note.endswith("; NaN or infinity in 1 layer at the end")
+    assert some.verdict == "watch"
+    every = tile("update-to-weight ratio", {"uw_ratio": rows({"a": [1e-3, math.nan]})})
+    assert every.note.endswith("; NaN or infinity in every layer at the end")
 
 
 def test_test_accuracy_is_the_last_and_names_the_best() -> None:
@@ -49,7 +88,7 @@ def test_test_accuracy_is_the_last_and_names_the_best() -> None:
     [
         ([1e-3, 2e-3, 9e-1], "2.0 × 10⁻³", "around", "good"),
         ([1e-2, 1e-2, 1e-2], "1.0 × 10⁻²", "above", "watch"),
-        ([1e-5, 3e-5, math.nan], "2.0 × 10⁻⁵", "below", "watch"),
+        ([1e-5, math.nan, 3e-5], "2.0 × 10⁻⁵", "below", "watch"),
         ([0.0, 0.0, 1e-3], "0", "do not change", "watch"),
         ([math.nan, math.inf], "NaN", "no finite value", "watch"),
     ],
