@@ -196,7 +196,7 @@ def _thinned(edges: Sequence[float]) -> list[int]:
     for side in (np.flatnonzero(values < 0), np.flatnonzero(values >= 0)):
         # Where bins are joined, the edges of one side may miss the powers that those of the other meet.
         met = side[tens[side]]
-        places += _every((met if len(met) else side).tolist(), _MOST_LABELS // 2)
+        places += _every((met if len(met) > 1 else side).tolist(), _MOST_LABELS // 2)
     return places
 
 
