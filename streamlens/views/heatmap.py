@@ -24,6 +24,12 @@ _CELL: Final = (
 _MOST_ROWS: Final = 200
 """More layers than this share rows with their neighbours: a row would be thinner than its label."""
 
+# A narrow page has less room for labels, and would cut off their ends, which tell layers apart.
+_LETTERS: Final = "(containerSize()[0] < 600 ? 12 : 21)"
+_SHORTENED: Final = (
+    f"length(datum.label) > {_LETTERS} ? '…' + slice(datum.label, 1 - {_LETTERS}) : datum.label"
+)
+
 
 def update_to_weight_ratio(
     rows: pd.DataFrame,
@@ -82,7 +88,7 @@ def heatmap(
         sort=names,
         title=None,
         axis=alt.Axis(
-            labelExpr="length(datum.label) > 21 ? '…' + slice(datum.label, -20) : datum.label",
+            labelExpr=_SHORTENED,
             labelOverlap=True,
         ),
         scale=alt.Scale(domain=names, paddingInner=0.08 if row >= 8 else 0, paddingOuter=0),

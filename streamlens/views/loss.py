@@ -45,8 +45,9 @@ def loss(
     """The loss over steps: every step faint, its exponential moving average strong.
 
     The axis is logarithmic where every finite value is positive. NaN and infinities are magenta
-    triangles at the foot of the chart. Dotted lines stand where the learning rate changed, if it did so at
-    most 20 times; a schedule that bends all the time has its own chart.
+    triangles at the foot of the chart; the average ends with the last finite loss. Dotted lines stand
+    where the learning rate changed, if it did so at most 20 times; a schedule that bends all the time has
+    its own chart.
 
     Args:
         rows: The topic `loss`; a column `component` makes one pair of lines for each loss watched.
@@ -75,6 +76,7 @@ def loss(
         title = f"loss (half-life of the average: {half_life:.0f} recorded steps)"
     finite = np.concatenate([line.values[np.isfinite(line.values)] for line in raw])
     log = bool(len(finite)) and bool((finite > 0).all())
+    average = _until_the_last_loss(average, raw)
     points, flags = draw_table(raw, max_points - max_points // 3, log=log)
     means, _ = draw_table(average, max_points // 3, log=log)
     # A gap in the average stands where the loss has its mark already.
@@ -84,6 +86,15 @@ def loss(
     if 0 < len(changes) <= _MOST_CHANGES:
         chart += _rules(changes, limits)
     return chart
+
+
+def _until_the_last_loss(averages: list[Series], raw: list[Series]) -> list[Series]:
+    """Averages without what they repeat after the last finite loss: a level line would hide the NaN."""
+    last = {line.name: line.steps[np.isfinite(line.values)].max(initial=-1) for line in raw}
+    return [
+        line.take(np.flatnonzero(line.steps <= last[line.name])) if last.get(line.name, -1) >= 0 else line
+        for line in averages
+    ]
 
 
 def _changes(rates: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +140,8 @@ def _draw(
     )
     if len(names) > 1:
         base = base.encode(color=series_color(names))
-    lines: alt.Chart = base.mark_line(strokeJoin="round")
+    # A round cap shows also a value alone between two that are not finite.
+    lines: alt.Chart = base.mark_line(strokeJoin="round", strokeCap="round")
     lines = lines.encode(
         opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=kinds, range=[0.45, 1.0]), legend=legend),
         strokeWidth=alt.StrokeWidth("kind:O", scale=alt.Scale(domain=kinds, range=[1.0, 2.4]), legend=legend),
@@ -145,6 +157,9 @@ def _draw(
         {"step": ",", "value": ".4~g"},
     )
     layers = [lines, nearest_points(base, tooltip)]
+    if table["step"].nunique() == 1:
+        layers.insert(1, base.mark_point(filled=True, size=28, opacity=1))
+    interactive = len(layers) - 1
     if len(flags):
         layers.append(flag_marks(flags, limits, "loss"))
-    return layered(layers, interactive=1)
+    return layered(layers, interactive)

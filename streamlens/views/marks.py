@@ -178,14 +178,15 @@ def chart_of_lines(
         value_title: What the tooltip calls the value.
         value_format: How the tooltip writes the value, in d3's language.
         interpolate: How a line joins its points.
-        with_points: Whether the points themselves are drawn.
+        with_points: Whether the points themselves are drawn; those of a single step always are.
         height: Pixels.
     """
     base = alt.Chart(points, width=WIDTH, height=height).encode(
         x=step_axis(limits), y=y, color=series_color(names)
     )
-    lines: alt.Chart = base.mark_line(interpolate=interpolate, strokeJoin="round")
-    dots: alt.Chart = base.mark_point(filled=True, size=28)
+    # A round cap shows also a value alone between two that are not finite.
+    lines: alt.Chart = base.mark_line(interpolate=interpolate, strokeJoin="round", strokeCap="round")
+    dots: alt.Chart = base.mark_point(filled=True, size=28, opacity=1)
     tooltip = nearest_tooltip(
         {series_title: "series", "step": "step", "epoch": "epoch", value_title: "value"},
         {"step": ",", "value": value_format},
@@ -203,7 +204,7 @@ def chart_of_lines(
         pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
         faded = alt.when(pick).then(alt.value(1.0)).otherwise(alt.value(0.12))
         lines, dots, near = lines.encode(opacity=faded), dots.encode(opacity=faded), near.add_params(pick)
-    layers = [lines, dots, near] if with_points else [lines, near]
+    layers = [lines, dots, near] if with_points or points["step"].nunique() == 1 else [lines, near]
     interactive = len(layers) - 1
     if len(flags):
         layers.append(flag_marks(flags, limits, series_title))

@@ -91,7 +91,7 @@ def _drawn(
     for section in sections(models, (0.0, float(last + 1)) if last >= 0 else None):
         named = f"{section.model}: {section.title}" if section.model else section.title
         charts.append(section.chart.properties(title=named))
-    title, _ = heading(run.metadata)
+    title, _ = heading(run.metadata, [model.name for model in models if model.name])
     whole = stack(*(charts or [nothing("nothing was recorded")]))
     whole = whole.properties(title=alt.TitleParams(title, fontSize=18, offset=18), spacing=28)
     config = {

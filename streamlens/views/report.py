@@ -100,7 +100,7 @@ def _page(run: ReadableRun, views: Mapping[str, AnyChart]) -> str:
     own = dict(_own_specs(run, views))
     # Charts of the reader's own come first, as sections without a sentence.
     found = [*(Section(f"own-{name}", "", name, "", alt.LayerChart()) for name in own), *found]
-    title, settings = heading(run.metadata)
+    title, settings = heading(run.metadata, [model.name for model in models if model.name])
     # A classic script ends at the first "</script": the bundle's build makes sure it holds none.
     bundle = _asset("vega/vega.min.js")
     script = _asset("page/host.js") + _asset("page/boot.js")

@@ -91,7 +91,7 @@ def _epochs(models: Sequence[ModelRows], steps: int) -> list[Tile]:
         epochs = max((int(r["epoch"].max()) for r in _tables(models) if "epoch" in r.columns), default=0) + 1
     if not epochs:
         return []
-    return [Tile("epochs", f"{epochs:,}", f"{steps / epochs:,.4g} steps each")]
+    return [Tile("epochs", f"{epochs:,}", f"{steps / epochs:,.4g} step{'s' if steps != epochs else ''} each")]
 
 
 def _loss(model: ModelRows, of: str) -> list[Tile]:

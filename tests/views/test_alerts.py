@@ -117,3 +117,9 @@ def test_the_report_lists_the_alerts_of_each_model(tmp_path: Path, name: str) ->
 def test_a_run_with_alerts_alone_has_a_report(tmp_path: Path) -> None:
     run = FakeRun({"alerts.dead_units": table((3, "start", "a"))})
     assert "dead_units start at 3." in write_report(run, tmp_path / "report.html").read_text()
+
+
+def test_the_models_of_a_run_are_its_title_where_there_are_several() -> None:
+    known = {"model": "Sequential", "parameters": 354, "torch": "2"}
+    assert heading(known, ["G", "D"]) == ("G and D", [("torch", "2")])
+    assert heading(known, ["G"])[0] == "Sequential"

@@ -207,3 +207,36 @@ def test_zero_gradients_are_marked_since_a_logarithmic_axis_has_no_zero() -> Non
 
 def test_the_limits_given_are_those_of_the_step_axis() -> None:
     assert axis(views.loss(DATA["loss"], limits=(0, 500)).to_dict(), "x")["scale"]["domain"] == [0, 500]
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "gradient_norms"])
+def test_a_single_step_is_a_dot_as_no_line_can_show_it(name: str) -> None:
+    one = {topic: table[table["step"] == 0] for topic, table in DATA.items()}
+    drawn = views.VIEWS[name].draw(one)
+    hue = views.vega_config("light")["range"]["category"][0]
+    # Its legend alone has fewer: the dot's pixels are those that the chart of no values lacks.
+    legend = views.VIEWS[name].draw({t: table.assign(value=math.nan) for t, table in one.items()})
+    dot = count_pixels(draw(drawn.to_dict()), hue) - count_pixels(draw(legend.to_dict()), hue)
+    assert dot > 5
+
+
+def test_a_loss_between_two_nan_is_seen() -> None:
+    table = rows({"": [math.nan, 1.0, math.nan, math.nan]})
+    chart = views.loss(table, rows({"": [math.nan, math.nan, math.nan, math.nan]}))
+    faint = [layer["mark"] for layer in chart.to_dict()["layer"] if layer["mark"]["type"] == "line"]
+    assert faint[0]["strokeCap"] == "round"
+
+
+def test_the_average_of_a_loss_ends_where_the_loss_was_last_finite() -> None:
+    table = rows({"": [3.0, 2.0, 1.0, math.nan, math.inf, math.nan]})
+    for smoothed in (rows({"": [3.0, 2.5, 2.0, 2.0, 2.0, 2.0]}), None):
+        found = [row for data in datasets(views.loss(table, smoothed).to_dict()) for row in data]
+        steps = [row["step"] for row in found if row.get("kind") == "moving average"]
+        assert max(steps) == 2
+
+
+def test_long_names_keep_the_ends_that_tell_layers_apart() -> None:
+    axis_of = views.update_to_weight_ratio(rows({"encoder.stages.0.convolution": [1e-3]})).to_dict()
+    label = axis_of["layer"][0]["encoding"]["y"]["axis"]["labelExpr"]
+    assert "slice(datum.label, 1 - " in label
+    assert "containerSize()" in label  # a narrow page has room for fewer letters

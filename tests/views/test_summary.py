@@ -23,6 +23,10 @@ def test_steps_count_from_zero_and_epochs_are_those_finished() -> None:
     assert (tile("epochs").value, tile("epochs").note) == ("10", "12 steps each")
 
 
+def test_one_step_is_not_called_steps() -> None:
+    assert tile("epochs", {"loss": rows({"": [1.0]})}).note == "1 step each"
+
+
 def test_the_duration_is_from_the_first_frame_to_the_last() -> None:
     assert tile("duration").value == "1.2 s"
     assert tile("duration").note == "100 steps a second"
