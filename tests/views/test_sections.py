@@ -29,7 +29,9 @@ def everything(steps: int = 24, layers: tuple[str, ...] = ("a", "b")) -> dict[st
         "activations.dead_fraction": rows({layer: [0.5] * steps for layer in layers}),
         "weights.percentile_bands": pd.concat(percentiles, ignore_index=True),
         "weights.var": rows({layer: [1.0] * steps for layer in layers}),
-        "mine": rows({f"{layer}{i}": [1.0 + i] * steps for layer in layers for i in range(40)}),
+        "mine": rows(
+            {f"{layer}{i}": [1.0 + i] * steps for layer in layers for i in range(80 // len(layers))}
+        ),
     }
 
 
@@ -43,8 +45,14 @@ def made(data: dict[str, pd.DataFrame]) -> list[Section]:
     return sections(read_models(FakeRun(data)), (0.0, 30.0))
 
 
-def texts(section: Section, column: str) -> list[str]:
-    return [r[column] for d in section.chart.to_dict()["datasets"].values() for r in d if column in r]
+def spec_of(section: Section) -> dict[str, Any]:
+    """The section's chart; that it fits Altair's schema, which takes long to check, other tests say."""
+    spec: dict[str, Any] = section.chart.to_dict(validate=False)
+    return spec
+
+
+def texts(spec: dict[str, Any], column: str) -> list[str]:
+    return [r[column] for d in spec["datasets"].values() for r in d if column in r]
 
 
 def test_every_chart_over_steps_has_the_alerts_and_actions_as_marks_with_their_sentences() -> None:
@@ -54,32 +62,36 @@ def test_every_chart_over_steps_has_the_alerts_and_actions_as_marks_with_their_s
     assert {"loss", "update-to-weight-ratio", "gradient-norms", "mine", "weights-percentile-bands-a"} <= {
         section.key for section in found
     }
+    # One of each kind: lines, cells, areas, and lines with a strip of cells below.
+    seen = {"loss", "update-to-weight-ratio", "weights-percentile-bands-a", "gradient-norms"}
     for section in found:
+        spec = spec_of(section)
         over_steps = section.key != "ratio-against-loss"
-        assert (sorted(set(texts(section, "text"))) == sorted([SENTENCE, DID])) == over_steps, section.key
+        assert (sorted(set(texts(spec, "text"))) == sorted([SENTENCE, DID])) == over_steps, section.key
         if over_steps:
             tips = [
                 {tip["field"] for tip in layer["encoding"]["tooltip"]}
-                for layer in section.chart.to_dict()["layer"]
+                for layer in spec["layer"]
                 if isinstance(layer["encoding"].get("tooltip"), list)
             ]
             assert sum("text" in fields for fields in tips) == 3, section.key
-            assert count_pixels(draw(section.chart.to_dict()), ALERT) > 20, section.key
+            if section.key in seen:
+                assert count_pixels(draw(spec), ALERT) > 20, section.key
 
 
-@pytest.mark.parametrize("steps", [1, 2, 24])
+@pytest.mark.parametrize("steps", [1, 24])
 def test_every_chart_is_drawn_of_a_run_of_any_length_and_of_any_names(steps: int) -> None:
     data = {topic: table[table["step"] < steps] for topic, table in everything(24, NAMES).items()}
     found = made({topic: table for topic, table in data.items() if len(table)})
     assert len(found) >= 6
     for section in found:
-        assert draw(section.chart.to_dict()).size, section.key
+        assert draw(spec_of(section)).size, section.key
 
 
 def test_every_chart_shows_nan() -> None:
     data = {topic: table.assign(value=math.nan) for topic, table in everything().items()}
     for section in made(data):
-        assert count_pixels(draw(section.chart.to_dict()), NOT_FINITE) > 10, section.key
+        assert count_pixels(draw(spec_of(section)), NOT_FINITE) > 10, section.key
 
 
 def test_dead_units_without_gradient_norms_and_an_average_without_its_loss_are_drawn_plainly() -> None:
