@@ -123,11 +123,15 @@ def _call(node: ast.expr) -> tuple[str, Sequence[object], dict[str, object]]:
 
 
 def _literal(node: ast.expr) -> object:
-    """The value of a literal; a name, also a dotted one, stands for itself."""
+    """The value of a literal; a name stands for itself, also one with dots or slashes in it."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
         return f"{_literal(node.value)}.{node.attr}"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        parts = _literal(node.left), _literal(node.right)
+        if all(isinstance(part, str) for part in parts):  # what a named lens stored: G/loss
+            return "/".join(map(str, parts))
     if isinstance(node, ast.List | ast.Tuple):
         values = [_literal(value) for value in node.elts]
         return values if isinstance(node, ast.List) else tuple(values)

@@ -102,7 +102,7 @@ def find(name: str, folder: Path) -> Recorded:
     hint = did_you_mean(name, names)
     listed = ", ".join(f"{entry.title} ({entry.short})" for entry in known[:12]) or "none"
     raise RunStoreError(
-        f"no run {name!r} in {folder}: {hint}{' ' if hint else ''}Runs: {listed}"
+        f"no run {name!r} in {folder}{': ' + hint if hint else '.'} Runs: {listed}"
         f"{', ...' if len(known) > 12 else ''}; --in looks elsewhere"
     )
 
@@ -112,7 +112,7 @@ def _same_id(entry: Recorded, name: str) -> bool:
 
 
 def _same_title(entry: Recorded, name: str) -> bool:
-    return name in (entry.record.name, entry.title)
+    return name in (entry.record.name, entry.title, entry.record.path.parent.name)
 
 
 def _begins(entry: Recorded, name: str) -> bool:

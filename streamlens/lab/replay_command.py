@@ -43,6 +43,14 @@ def replay(
             "--health", help="The default rules, as far as the runs serve them.", show_default="off"
         ),
     ] = False,
+    lens_name: Annotated[
+        str,
+        typer.Option(
+            "--lens",
+            help="Of named lenses, such as those of two models in one store, the one with this name.",
+            show_default="everything, as it was stored",
+        ),
+    ] = "",
     visualisation: Annotated[
         list[Visualisation],
         typer.Option(
@@ -75,7 +83,11 @@ def replay(
     failures: list[object] = []
     with as_usage():
         found = [find(name, folder).record for name in names]
-        lens = lens_of([read_run(record.path, record.id) for record in found])
+        runs = [read_run(record.path, record.id) for record in found]
+        try:
+            lens = lens_of(runs, name=lens_name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="'--lens'") from None
         lens.errors.subscribe(failures.append)
         with lens:
             streams = _streams(lens, metric or [], health)

@@ -122,6 +122,7 @@ def export(
 
     with as_usage(), read_run(path, run) as recorded:
         done = export_run(recorded, to.value, out, topic)
-    typer.echo(f"exported {done.written} frames of {len(done.topics)} topics to {shown(done.target)}")
+    topics = "1 topic" if len(done.topics) == 1 else f"{len(done.topics)} topics"
+    typer.echo(f"exported {done.written} frames of {topics} to {shown(done.target)}")
     for refused, reason in done.refused.items():
         typer.echo(f"left out {refused}: {reason}", err=True)

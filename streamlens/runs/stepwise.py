@@ -34,10 +34,10 @@ def layouts_of(run: Run) -> dict[str, tuple[Layout, ...]]:
         return {topic: tuple(layouts.values()) for topic, (_, layouts) in db.topics().items()}
 
 
-def first_step(run: Run) -> tuple[int, int] | None:
-    """The first step of a run, and its epoch; None while nothing is stored."""
+def first_step(run: Run, topics: Collection[str]) -> tuple[int, int] | None:
+    """The first step of some topics of a run, and its epoch; None while nothing is stored of them."""
     with run.reading() as db:
-        numbers = [number for number, _ in db.topics().values()]
+        numbers = [number for topic, (number, _) in db.topics().items() if topic in topics]
         first, last = db.steps(numbers)
         rows = [row for number in numbers for row in db.rows(number, first, first + 1)]
     return (first, min(row[3] for row in rows)) if first <= last else None

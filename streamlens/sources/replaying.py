@@ -22,6 +22,7 @@ from streamlens.runs import Run, read_run
 from streamlens.runs.codec import Layout
 from streamlens.runs.stepwise import Stored, first_step, layouts_of, stepwise
 from streamlens.session import Session
+from streamlens.sources._named import Named, names_of
 from streamlens.sources._told import ToldSource, matches
 from streamlens.topics import Phase, TopicSpec, topic_spec
 
@@ -62,6 +63,7 @@ def replay(
     path: Recorded | Sequence[Recorded],
     run: str | int | None = None,
     *,
+    name: str = "",
     speed: float | None = None,
     on_error: str = "report",
 ) -> Replay:
@@ -79,6 +81,9 @@ def replay(
     Several runs are played side by side, step by step, each labelled in `frame.source` (by its name,
     else by its file); operators keep them apart.
 
+    What a named lens stored (`observe(G, name="G")`) has its name in front, as in other sinks: `G/loss`.
+    `replay(path, name="G")` is that lens again, whose topics and layers are as its model has them.
+
     What modules tell of a layer is not stored: where raw outputs of convolutions over sequences were, name
     their dimension to metrics that count units, such as `dead_fraction(window=10, unit_dim=1)`.
 
@@ -86,6 +91,7 @@ def replay(
         path: The file that a `RunStore` wrote, a folder with one in it, what `read_run` gave, or several of
             these.
         run: Which run of the file or folder, as for `read_run`.
+        name: The name of the lens whose frames are wanted; everything as it was stored by default.
         speed: As many times as fast as the run was recorded; as fast as it goes if None.
         on_error: `"report"` contains what fails in chains; `"raise"` lets it through, for tests.
 
@@ -94,7 +100,8 @@ def replay(
 
     Raises:
         RunStoreError: There is no run store at the path, or it has no such run.
-        ValueError: No run is given, a speed that is not above 0, or another `on_error`.
+        ValueError: No run is given, a name that no lens of theirs had, a speed that is not above 0, or
+            another `on_error`.
 
     Example:
         >>> old = replay("runs/first/run.db")
@@ -110,7 +117,7 @@ def replay(
     if not entries:
         raise ValueError("replay() needs a run store's file, or several")
     runs = [entry if isinstance(entry, Run) else read_run(entry, run) for entry in entries]
-    return Replay(_ReplaySource(runs, speed, on_error))
+    return Replay(_ReplaySource(runs, Named(name), speed, on_error))
 
 
 class _ReplaySource(ToldSource):
@@ -119,15 +126,28 @@ class _ReplaySource(ToldSource):
     remedy = "the run did not store it; subscribe what gives it to the run store while training"
     closed_message = "this replay is closed: call streamlens.replay(path) again for a new one"
 
-    def __init__(self, runs: Sequence[Run], speed: float | None, on_error: str) -> None:
-        super().__init__("", on_error)
+    def __init__(self, runs: Sequence[Run], lens: Named, speed: float | None, on_error: str) -> None:
+        super().__init__(lens.name, on_error)
         self._runs = runs
+        self._lens = lens
         self._labels = _labels(runs) if len(runs) > 1 else ("",)
         self._speed = speed
         self._layouts: dict[str, tuple[Layout, ...]] = {}
+        self._lens_names: tuple[str, ...] = ()
         for run in runs:
-            for topic, layouts in layouts_of(run).items():
+            stored = layouts_of(run)
+            self._lens_names += tuple(n for n in names_of(stored) if n not in self._lens_names)
+            for topic, layouts in lens.own(stored).items():
                 self._layouts[topic] = self._layouts.get(topic, ()) + layouts
+        if lens.name and not self._layouts:
+            there = ", ".join(map(repr, self._lens_names)) or "none that has a name"
+            raise ValueError(
+                f"replay(name={lens.name!r}): no lens of that name stored anything; lenses: {there}"
+            )
+        if self._lens_names and not lens.name:
+            self.remedy = (
+                f"named lenses stored what the run has; pass {self._by_name(self._lens_names)} to replay()"
+            )
         self._rewind()
 
     @property
@@ -154,13 +174,22 @@ class _ReplaySource(ToldSource):
         Raises:
             UnknownTopicError: It was not stored, nor any reduction of it.
         """
-        if topic in self.known_topics or self._forms(topic):
+        if topic in self.known_topics or self._has(topic):
             return self.spec(topic)
-        hint = did_you_mean(str(topic), self.known_topics)
+        hint = self._of_a_name(topic) or did_you_mean(str(topic), self.known_topics)
         raise UnknownTopicError(
             f"unknown topic {topic!r}: {self.title} did not store it. {hint}{' ' if hint else ''}"
             f"Topics: {', '.join(self.known_topics)}"
         )
+
+    def _of_a_name(self, topic: object) -> str:
+        """How to get at a topic that a named lens stored, or `""`."""
+        lenses = [n for n in self._lens_names if not self.name and self._has(f"{n}/{topic}")]
+        return f"Pass {self._by_name(lenses)} to replay()." if lenses else ""
+
+    @staticmethod
+    def _by_name(names: Sequence[str]) -> str:
+        return " or ".join(f"name={name!r}" for name in names)
 
     def spec(self, topic: str) -> TopicSpec | None:
         """What is known of a topic from how it was stored."""
@@ -173,6 +202,9 @@ class _ReplaySource(ToldSource):
         raw = topic not in self._layouts or not any(layout.stacked for layout in layouts)
         kind = layouts[0].kind if len({layout.kind for layout in layouts}) == 1 else Kind.EVENT
         return TopicSpec(topic, Phase.USER, kind, raw=raw)
+
+    def _has(self, topic: str) -> bool:
+        return topic in self._layouts or bool(self._forms(topic))
 
     def _forms(self, topic: str) -> tuple[str, ...]:
         """The reductions of a topic that was not stored itself."""
@@ -268,7 +300,8 @@ class _ReplaySource(ToldSource):
         return self.flush()
 
     def _rewind(self) -> None:
-        found = [start for run in self._runs if (start := first_step(run)) is not None]
+        own = [self._lens.stored(topic) for topic in self._layouts]
+        found = [start for run in self._runs if (start := first_step(run, own)) is not None]
         self.clock = Clock()
         self._begun = False
         self._updated.clear()
@@ -296,7 +329,7 @@ class _ReplaySource(ToldSource):
             # Whatever comes once an update tells of it.
             wanted |= {t for t, layouts in self._layouts.items() if layouts[0].kind is Kind.STEP}
         parts = [
-            _labelled(stepwise(run, wanted), label)
+            _labelled(self._lens.frames(stepwise(run, map(self._lens.stored, wanted))), label)
             for run, label in zip(self._runs, self._labels, strict=True)
         ]
         # Stable: within a step the runs come one after the other.

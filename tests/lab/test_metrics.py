@@ -20,11 +20,12 @@ from streamlens.lab.metrics import parse_metric
         ("var(weights, unbiased=False)", sl.var("weights", unbiased=False)),
         ("histogram(weights, range=(-1, 1))", sl.histogram("weights", range=(-1, 1))),
         ("uw_ratio", sl.uw_ratio()),
+        ("topic(G/weights.norm2)", sl.topic("G/weights.norm2")),
     ],
 )
 def test_what_is_written_is_what_is_computed(text: str, same: sl.Operator) -> None:
     model = nn.Linear(2, 2)
-    with sl.observe(model) as lens:
+    with sl.observe(model, emits=["G/weights.norm2"]) as lens:
         found, expected = parse_metric(text).of(lens, lens), lens.pipe(same)
         assert isinstance(found, sl.Stream)
         assert isinstance(expected, sl.Stream)

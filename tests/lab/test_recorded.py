@@ -108,7 +108,10 @@ def test_a_run_is_found_by_path_folder_name_and_beginning_of_its_id(
         assert recorded.find(name, folder).record.id == expected * 8
     with pytest.raises(StreamlensError, match=r"several runs in .* called 'aa'.*aa11aa11.*give more"):
         recorded.find("aa", folder)
-    with pytest.raises(StreamlensError, match=r"no run 'basline' in .*baseline.*--in looks elsewhere"):
+    with pytest.raises(
+        StreamlensError,
+        match=r"no run 'basline' in .*: did you mean .*baseline.*\? Runs: .*--in looks elsewhere",
+    ):
         recorded.find("basline", folder)
 
 

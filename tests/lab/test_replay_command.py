@@ -79,6 +79,19 @@ def test_rules_judge_an_old_run_anew_and_those_that_lack_something_are_named(fol
     assert calm.stdout == "nothing came of it: no alert, and no number\n"
 
 
+def test_of_named_lenses_in_one_store_one_is_named(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "gan" / "run.db", "cc" * 16, name="G") as writer:
+        for name, value in {"G": 1.0, "D": 2.0}.items():
+            writer.write([Frame(f"{name}/uw_ratio", 0, (f"{name}.a",), torch.tensor([value]))], [1000.0])
+    # By the folder, though the run has a name of its own.
+    asked = "gan", "--in", tmp_path, "--metric"
+    assert rows(streamlens(*asked, "topic(uw_ratio)", "--lens", "D"))[1][:2] == ["D", "uw_ratio"]
+    assert rows(streamlens(*asked, "topic(D/uw_ratio)"))[1][-1].startswith("2")
+    wrong = streamlens(*asked, "topic(uw_ratio)", "--lens", "E")
+    assert wrong.exit_code == 2
+    assert "no lens of that name stored anything; lenses: 'G', 'D'" in " ".join(wrong.output.split())
+
+
 def test_what_comes_of_it_is_recorded_where_a_folder_is_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "what"
     chain = "topic(uw_ratio) | across_layers(max)"

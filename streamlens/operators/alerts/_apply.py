@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Final
 
 from reactivex import Observable
 
@@ -19,6 +20,8 @@ from streamlens.operators.alerts._rule import Pace, Rule, cadence_at
 from streamlens.stream import Operator, Stream
 
 __all__ = ["alerts_of"]
+
+_LACKING: Final = ", which this lens cannot give"
 
 
 def alerts_of(
@@ -43,7 +46,7 @@ def alerts_of(
         streams, left_out = _on_lens(source, rules, lenient=lenient)
         rules = [rule for rule in rules if rule.name not in left_out]
         if not rules:
-            raise StreamlensError("; ".join(f"{name}() {why}" for name, why in left_out.items()))
+            raise StreamlensError(_all_left_out(left_out))
         front = merged(source, streams)
         gathers = True
     else:
@@ -111,6 +114,15 @@ class _Asked:
             yield every, (start, stop)
 
 
+def _all_left_out(left_out: Mapping[str, str]) -> str:
+    """Why no rule is left, each remedy said once."""
+    rules: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        looks, lacking, remedy = why.partition(_LACKING)
+        rules.setdefault(lacking + remedy, []).append(f"{name}() {looks}")
+    return "; ".join(", ".join(those) + remedy for remedy, those in rules.items())
+
+
 def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
     """What a rule cannot do without and lacks; empty if nothing."""
     needed = [entry for entry in rule.inputs() if entry.needed]
@@ -122,6 +134,4 @@ def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
     if not lens.source.of_model:
         remedies = dict.fromkeys([lens.source.remedy] if lens.source.remedy else [])
     selected = f" (it has {', '.join(lens.topics)})" if lens.topics else ""
-    return f"looks at {what}, which this lens cannot give{selected}" + "".join(
-        f": {remedy}" for remedy in remedies
-    )
+    return f"looks at {what}{_LACKING}{selected}" + "".join(f": {remedy}" for remedy in remedies)
