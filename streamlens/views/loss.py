@@ -68,12 +68,14 @@ def loss(
         average = split(smoothed, by if by in smoothed.columns else "layer")
         title = "loss"
     else:
-        half_life = max(2.0, max(map(len, raw)) / 25)
+        share = max(map(len, raw)) / 25
+        half_life = max(2.0, share)
         average = [
             Series(line.name, line.steps, line.epochs, exponential_average(line.values, half_life))
             for line in raw
         ]
-        title = f"loss (half-life of the average: {half_life:.0f} recorded steps)"
+        # Not in steps: a title that grew with the run would have a live page draw the chart anew each time.
+        title = f"loss (half-life of the average: {'4% of the' if share >= 2 else 2} recorded steps)"
     finite = np.concatenate([line.values[np.isfinite(line.values)] for line in raw])
     log = bool(len(finite)) and bool((finite > 0).all())
     average = _until_the_last_loss(average, raw)
