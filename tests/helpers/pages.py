@@ -1,68 +1,17 @@
-"""Run stores for the live page, a server of it, and a browser's and a bare client's way of asking it."""
+"""A server of the live page, and a bare client's way of asking it."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-import torch
-
-from streamlens.frame import Frame
-from streamlens.runs import RunWriter
 from streamlens.views.web.serve import PageServer
-
-LAYERS = ("features.0", "features.3", "classifier.2")
-
-
-def frames_of(step: int, layers: Sequence[str] = LAYERS) -> list[Frame]:
-    """What a small run records at a step; its numbers tell the step, and nothing is random."""
-    count = len(layers)
-    place = torch.arange(1, count + 1, dtype=torch.float32)
-    return [
-        Frame("loss", step, ("",), torch.tensor([2.3 * math.exp(-step / 80) + 0.1 + 0.02 * (step % 3)])),
-        Frame("learning_rate", step, tuple(layers), torch.full((count,), 3e-3)),
-        Frame("uw_ratio", step, tuple(layers), 1e-3 * place),
-        Frame("weight_gradients.norm2", step, tuple(layers), place / (1 + step / 50)),
-    ]
-
-
-def alert(step: int, text: str, rule: str = "loss_spike") -> Frame:
-    """An alert's frame, as `health()` makes it."""
-    meta = {"rule": rule, "state": "start", "severity": "critical", "text": text}
-    return Frame(f"alerts.{rule}", step, ("",), torch.ones(1), meta=meta)
-
-
-def action(step: int, text: str) -> Frame:
-    """A controller's action."""
-    return Frame("learning_rate.action", step, ("",), torch.ones(1), meta={"text": text, "cause": "plateau"})
-
-
-def write_run(
-    path: Path,
-    steps: int = 60,
-    *,
-    run: str = "r1",
-    name: str = "",
-    layers: Sequence[str] = LAYERS,
-    extra: Sequence[Frame] = (),
-    metadata: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a run into a store; returns the store."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"model": "AlexNetMini", "dataset": "digits", **(metadata or {})}
-    with RunWriter(path, run, name=name, metadata=told) as writer:
-        frames = [frame for step in range(steps) for frame in frames_of(step, layers)] + list(extra)
-        if frames:
-            writer.write(frames, [time.time()] * len(frames))
-    return path
 
 
 @dataclass

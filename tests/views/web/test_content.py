@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from streamlens.frame import Frame
 from streamlens.runs import RunWriter, remove_run
 from streamlens.views import data
 from streamlens.views.alerts import RULES
-from tests.helpers.pages import LAYERS, Client, action, alert, rows_of, serving, write_run
+from tests.helpers.pages import Client, rows_of, serving
+from tests.helpers.written_runs import LAYERS, action, alert, write_run, writing
 
-ROOT = Path(__file__).parents[3]
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -92,6 +91,15 @@ def test_a_form_stays_while_rows_come_and_changes_with_what_is_drawn(tmp_path: P
         first = write(0, 1.0)
         assert write(1, 0.5) == first
         assert write(2, math.nan) != first
+
+
+def test_the_form_of_the_loss_is_the_same_however_long_the_run_becomes(tmp_path: Path) -> None:
+    forms = set()
+    for steps in (60, 90, 400):
+        write_run(tmp_path / f"{steps}.db", steps)
+        with serving(tmp_path / f"{steps}.db") as client:
+            forms |= {section["form"] for section in client.charts()["sections"] if section["key"] == "loss"}
+    assert len(forms) == 1
 
 
 def asked(client: Client, **question: str) -> Any:
@@ -328,14 +336,11 @@ def test_a_run_removed_while_it_is_shown_is_said_to_be_gone(tmp_path: Path) -> N
     with serving(tmp_path) as client:
         keys = client.keys()
         remove_run(path, "r1")
-        deadline = time.monotonic() + 10
-        while len(client.runs()) > 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: len(client.runs()) == 1)
         content = client.charts(keys["a"], keys["b"])
         assert (content["runs"], content["gone"]) == ([keys["b"]], 1)
         shutil.rmtree(tmp_path / "b")
-        while client.runs() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: not client.runs())
         assert client.charts(keys["b"])["gone"] == 1
 
 
@@ -343,37 +348,25 @@ def test_a_folder_without_a_run_waits_for_one(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         assert client.charts()["sections"] == []
         write_run(tmp_path / "later" / "run.db", 4)
-        deadline = time.monotonic() + 10
-        while not client.runs() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: bool(client.runs()))
         assert asked(client)["steps"] == [0, 4]
 
 
-WRITER = """
-import sys, time
-from tests.helpers.pages import frames_of
-from streamlens.runs import RunWriter
-with RunWriter(sys.argv[1], "live", metadata={}) as writer:
-    for step in range(int(sys.argv[2])):
-        writer.write(frames_of(step), [time.time()] * 4)
-        print(step, flush=True)
-        sys.stdin.readline()
-"""
-
-
 def test_a_store_that_another_process_writes_is_shown_as_it_grows_and_said_to_be_live(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "run.db"), "3"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen(command, **pipes) as writer, serving(tmp_path) as client:  # type: ignore[call-overload]
-        for step in range(3):
-            assert writer.stdout.readline() == f"{step}\n"
-            assert list(points(asked(client), "loss", "(model)")) == list(range(step + 1))
-            if step == 1:
-                time.sleep(1.1)
-                assert [run["live"] for run in client.runs()] == [True]
-            writer.stdin.write("\n")
-            writer.stdin.flush()
-        writer.wait(timeout=20)
-        time.sleep(1.1)
-        assert [run["live"] for run in client.runs()] == [False]
+    with writing(tmp_path / "run.db") as writer, serving(tmp_path) as client:
+        for steps in range(1, 4):
+            writer.ask(1)
+            assert writer.wait() == steps
+            assert list(points(asked(client), "loss", "(model)")) == list(range(steps))
+            if steps == 2:
+                until(lambda: [run["live"] for run in client.runs()] == [True])
+        writer.close()
+        until(lambda: [run["live"] for run in client.runs()] == [False])
         assert json.loads(client.get("/api/charts").body)["steps"] == [0, 3]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

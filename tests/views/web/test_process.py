@@ -21,7 +21,7 @@ from streamlens.lab.session import can_open_browser
 from streamlens.views.web import serve
 from streamlens.views.web.own import charts_of, own_views
 from streamlens.views.web.process import PageProcess
-from tests.helpers.pages import write_run
+from tests.helpers.written_runs import write_run
 
 ROOT = Path(__file__).parents[3]
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix knows them")

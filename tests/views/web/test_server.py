@@ -13,7 +13,8 @@ import pytest
 
 from streamlens.errors import RunStoreError
 from streamlens.views.web.serve import PORT, PageServer
-from tests.helpers.pages import Client, serving, write_run
+from tests.helpers.pages import Client, serving
+from tests.helpers.written_runs import write_run
 
 ADDRESSES = ("/", "/assets/page.js", "/assets/vega.js", "/api/runs", "/api/charts", "/nothing")
 
