@@ -140,7 +140,7 @@ def unknown_topic(name: object, known: Iterable[str]) -> UnknownTopicError:
     names = list(known)
     hint = did_you_mean(str(name), names)
     return UnknownTopicError(
-        f"unknown topic {name!r}" + (f": {hint}" if hint else "") + f" Topics: {', '.join(names)}; "
+        f"unknown topic {name!r}" + (f": {hint}" if hint else ".") + f" Topics: {', '.join(names)}; "
         "your own come from lens.emit(), named to observe(emits=[...]) if selected before, and lens.derive()"
     )
 

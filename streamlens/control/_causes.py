@@ -55,6 +55,8 @@ class TriggeredController(Controller):
 
     needs_finite = False
     any_rank = True
+    between_updates: ClassVar[bool] = False
+    """Whether what is told between two updates, as by a validation, is acted on there; alone, without ranks."""
     whole_steps: ClassVar[bool] = False
     """Whether to wait until all optimizers that step together have stepped."""
 
@@ -94,13 +96,14 @@ class TriggeredController(Controller):
             self.hold(self.runtime.on_mark(self._on_mark))
 
     def take(self, frame: Frame, noted: object) -> None:
-        """Note a cause; without an engine, which tells of updates, act at once."""
+        """Note a cause, and act at once where there is no update, or no other rank, to wait for."""
         runtime = self._links.runtime
         if runtime is None or not self.concerns(frame):
             return
         cause = runtime.attempt(f"{self.name}.cause_of", self.cause_of, frame)
         self._cause = self._cause or cause
-        if self.engine is None:
+        alone = self.between_updates and self._cause is not None and not self.several_ranks
+        if self.engine is None or alone:
             self._decide(frame)
 
     def propose(self, frame: Frame, noted: object) -> Decision | None:

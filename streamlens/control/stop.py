@@ -27,7 +27,9 @@ class Stop(TriggeredController):
 
     Nothing is interrupted: the step is completed, `lens.batches()` gives no further batch and ends its
     epoch, `lens.epochs()` gives no further epoch, our callbacks end the Trainer's loop, and any other
-    loop asks `lens.should_stop`. It acts once; a run that goes on (`lens.should_stop = False`) is not
+    loop asks `lens.should_stop`. A reason between two updates, such as a validation's at the end of an
+    epoch, counts there, and no further batch is begun; ranks of `torch.distributed` ask each other at the
+    next update. It acts once; a run that goes on (`lens.should_stop = False`) is not
     stopped again by this one. What any rank sees stops all of them, after the same step.
 
     Args:
@@ -49,6 +51,8 @@ class Stop(TriggeredController):
     """
 
     __slots__ = ("_on_nan", "_rule")
+
+    between_updates = True
 
     def __init__(
         self,

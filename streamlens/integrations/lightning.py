@@ -128,13 +128,17 @@ class StreamlensCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A batch is over, and perhaps training: `lens.should_stop` ends it, after `min_steps` at least."""
+        self._pass_on_stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch is over, with its validation, and perhaps training."""
+        self._observation.end_epoch()
+        self._pass_on_stop(trainer)
+
+    def _pass_on_stop(self, trainer: Trainer) -> None:
         lens = self._observation.running
         if lens is not None and lens.should_stop:
             trainer.should_stop = True
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch is over."""
-        self._observation.end_epoch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss, free of what was multiplied into it for the backward."""

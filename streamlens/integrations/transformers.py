@@ -110,15 +110,25 @@ class StreamlensCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A step is over, and perhaps training: `lens.should_stop` ends it."""
-        lens = self._observation.running
-        if lens is not None and lens.should_stop:
-            control.should_training_stop = True
+        self._pass_on_stop(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An epoch is over."""
+        """An epoch is over, and perhaps training."""
         self._observation.end_epoch()
+        self._pass_on_stop(control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation is over, and perhaps training."""
+        self._pass_on_stop(control)
+
+    def _pass_on_stop(self, control: TrainerControl) -> None:
+        lens = self._observation.running
+        if lens is not None and lens.should_stop:
+            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -181,6 +181,29 @@ def test_a_run_that_goes_on_all_the_same_is_not_stopped_again_by_the_same_contro
     assert run.trained == 3
 
 
+def test_a_plateau_of_validations_ends_training_with_the_epoch_and_begins_no_other(run: Run) -> None:
+    run.lens.pipe(sl.topic("validation_loss")).subscribe(control.Stop(patience=2))
+    trained = []
+    for epoch in run.lens.epochs(10):
+        for batch in run.lens.batches(batches(3)):
+            run.update(batch)
+        run.lens.emit("validation_loss", 1.0)
+        trained.append((epoch, run.trained))
+    # The first is the best; three in a row are then no better, one more than `patience`.
+    assert trained == [(0, 3), (1, 6), (2, 9), (3, 12)]
+    assert run.trained == 12
+
+
+def test_an_average_over_an_epoch_ends_training_with_that_epoch(run: Run) -> None:
+    run.lens.pipe(sl.norm("weights"), sl.layers("0"), sl.per_epoch()).subscribe(
+        control.Stop(patience=1, mode="min", threshold=1e9, threshold_mode="abs")
+    )
+    for _ in run.lens.epochs(10):
+        for batch in run.lens.batches(batches(2)):
+            run.update(batch)
+    assert run.trained == 6
+
+
 def test_a_snapshot_keeps_the_request_and_a_plateau_goes_on_where_it_was() -> None:
     def validated(numbers: list[float], saved: dict[str, Any] | None) -> tuple[bool, dict[str, Any]]:
         run = Run()
@@ -191,8 +214,6 @@ def test_a_snapshot_keeps_the_request_and_a_plateau_goes_on_where_it_was() -> No
         for number in numbers:
             run.update(batches(1)[0])
             run.lens.emit("validation_loss", number)
-        # What is emitted between steps is acted on at the next update.
-        run.update(batches(1)[0])
         state = copy.deepcopy(run.lens.state_dict())
         stopped = run.lens.should_stop
         run.lens.close()
