@@ -56,7 +56,7 @@ class TriggeredController(Controller):
     needs_finite = False
     any_rank = True
     between_updates: ClassVar[bool] = False
-    """Whether what is told between two updates, as by a validation, is acted on there; alone, without ranks."""
+    """Whether a reason that comes between two updates is acted on there, where there is one rank."""
     whole_steps: ClassVar[bool] = False
     """Whether to wait until all optimizers that step together have stepped."""
 

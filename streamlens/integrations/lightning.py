@@ -53,6 +53,9 @@ class StreamlensCallback(Callback):
     The state of the lens goes into every checkpoint, and `trainer.fit(..., ckpt_path=...)` goes on from
     it: the clock, averages and windows are those of a run that was never interrupted.
 
+    The lens is paused during validation, and what is emitted there is dropped: emit what a validation gave in
+    your module's `on_validation_end`, which comes after this callback's.
+
     Args:
         chains: Called with the lens when fitting starts; subscribes whatever is wanted.
         module: The name of the part to observe (`"network"`), which shortens the names of layers;

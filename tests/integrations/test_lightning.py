@@ -441,3 +441,17 @@ def test_a_stop_ends_fitting_after_its_batch() -> None:
 
     trainer = fit(Regressor(), [StreamlensCallback(chains, on_error="raise")], max_epochs=3)
     assert trainer.global_step == 2
+
+
+def test_a_reason_of_the_validation_ends_fitting_with_its_epoch() -> None:
+    class Validated(Regressor):
+        def on_validation_end(self) -> None:
+            if not self.trainer.sanity_checking:
+                callback.lens.emit("validation_loss", 1.0)
+
+    def chains(lens: sl.Lens) -> None:
+        lens.pipe(sl.topic("validation_loss")).subscribe(sl.control.Stop(patience=0))
+
+    callback = StreamlensCallback(chains, on_error="raise", emits=["validation_loss"])
+    trainer = fit(Validated(), [callback], validation=BATCHES[:1], max_epochs=5)
+    assert trainer.global_step == 2 * len(BATCHES)

@@ -338,3 +338,21 @@ def test_a_stop_ends_training_after_its_step(tmp_path: Path) -> None:
 
     trainer = train(language_model(), tmp_path, [StreamlensCallback(chains, on_error="raise")])
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("event", ["on_epoch_end", "on_evaluate"])
+def test_a_reason_between_two_epochs_ends_training_there(event: str, tmp_path: Path) -> None:
+    class Validate(TrainerCallback):
+        """Says the same at the end of every epoch."""
+
+    def told(self: TrainerCallback, *args: Any, **kwargs: Any) -> None:
+        callback.lens.emit("validation_loss", 1.0)
+
+    def chains(lens: sl.Lens) -> None:
+        lens.pipe(sl.topic("validation_loss")).subscribe(sl.control.Stop(patience=0))
+
+    setattr(Validate, event, told)
+    callback = StreamlensCallback(chains, on_error="raise", emits=["validation_loss"])
+    options = {"num_train_epochs": 5, "eval_strategy": "epoch"}
+    trainer = train(language_model(), tmp_path, [Validate(), callback], **options)
+    assert trainer.state.global_step == 2 * UPDATES
