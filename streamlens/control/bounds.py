@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamlens.operators._base import is_number
+
 __all__ = ["Bounds"]
 
 
@@ -21,6 +23,7 @@ class Bounds:
         slew: The greatest factor by which one action may raise or lower it; no limit if None.
 
     Raises:
+        TypeError: One of them is no number.
         ValueError: `low` is not below `high`, or `slew` is not above 1.
     """
 
@@ -29,6 +32,12 @@ class Bounds:
     slew: float | None = None
 
     def __post_init__(self) -> None:
+        numbers = (self.low, self.high, 1.0 if self.slew is None else self.slew)
+        if not all(map(is_number, numbers)):
+            raise TypeError(
+                f"bounds: the least value, the greatest and the slew limit are numbers, got {self.low!r}, "
+                f"{self.high!r}, {self.slew!r}"
+            )
         if not self.low < self.high:
             raise ValueError(
                 f"bounds: the least value must lie below the greatest, got {self.low}, {self.high}"

@@ -226,6 +226,7 @@ class Controller(Ending, ObserverBase[Frame]):
                 f"{self.name} cannot act on a recorded run, which is over: pass "
                 f"{self.name}(..., dry_run=True) to see what it would have done"
             )
+        chain.ends_in = self.name
         links.runtime, links.resources = runtime, CompositeDisposable()
         links.selectors = chain.selectors
         timeout = runtime.exchange.timeout if isinstance(runtime, Engine) else None

@@ -184,3 +184,8 @@ def test_tensors_are_limited_as_numbers_are(
 def test_bounds_that_make_no_sense_are_refused(low: float, high: float, slew: float | None) -> None:
     with pytest.raises(ValueError, match="bounds: the "):
         control.Bounds(low, high, slew)
+
+
+def test_bounds_that_are_no_numbers_are_refused_with_what_they_are() -> None:
+    with pytest.raises(TypeError, match="the slew limit are numbers"):
+        control.RatioLR(max_lr="1")  # type: ignore[arg-type]

@@ -212,6 +212,16 @@ def test_a_scheduler_that_overwrites_the_rate_is_reported_once_and_has_its_way()
     lens.close()
 
 
+def test_a_plan_calls_a_function_by_its_name() -> None:
+    def halve(frame: Frame, rate: float) -> float:
+        return rate / 2
+
+    model = small_model()
+    with sl.observe(model) as lens:
+        lens.pipe(sl.norm("weights")).subscribe(control.act(halve))
+        assert "ends in act(halve)" in lens.explain()
+
+
 def test_a_function_that_raises_or_gives_no_number_changes_nothing_and_is_reported() -> None:
     model, optimizer, lens = observed()
     reports: list[str] = []

@@ -353,6 +353,6 @@ def test_a_reason_between_two_epochs_ends_training_there(event: str, tmp_path: P
 
     setattr(Validate, event, told)
     callback = StreamlensCallback(chains, on_error="raise", emits=["validation_loss"])
-    options = {"num_train_epochs": 5, "eval_strategy": "epoch"}
+    options: dict[str, Any] = {"num_train_epochs": 5, "eval_strategy": "epoch"}
     trainer = train(language_model(), tmp_path, [Validate(), callback], **options)
     assert trainer.state.global_step == 2 * UPDATES
