@@ -118,7 +118,7 @@
   function sayHow() {
     const live = shown && runs.liveAmong(shown.runs);
     if (ending) say("", "the training has ended; the charts stay as they are");
-    else say(live ? "recording" : "", shown?.title ? (live ? "recording" : "not being written") : "waiting for a run");
+    else say(live ? "recording" : "", shown?.title ? (live ? "recording" : "not being written") : shown?.gone ? "choose another run" : "waiting for a run");
     at("at").textContent = shown?.steps ? `· ${number.format(shown.steps[1])} steps` : "";
   }
 

@@ -202,8 +202,9 @@ def _listening(host: str, port: int | None) -> socket.socket:
             if isinstance(error, socket.gaierror) or wanted == ports[-1]:
                 break
     where = f"{host}:{ports[0]}" if len(ports) == 1 else f"{host}, ports {ports[0]} to {ports[-1]}"
+    # Without a number of its own: that would stand before the sentence.
     raise OSError(
-        reason.errno or 0, f"cannot listen at {where} ({reason.strerror}): choose another --port or --host"
+        f"cannot listen at {where} ({reason.strerror}): choose another --port or --host"
     ) from reason
 
 
