@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
+import nbformat
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -40,7 +40,6 @@ class Lab:
 
     def write(self, name: str, cells: Sequence[str]) -> Path:
         """Make a notebook."""
-        nbformat = pytest.importorskip("nbformat")
         made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         path = self.folder / name
@@ -49,7 +48,7 @@ class Lab:
 
     def read(self, name: str) -> Any:
         """A notebook as it is saved."""
-        return pytest.importorskip("nbformat").read(self.folder / name, 4)
+        return nbformat.read(self.folder / name, 4)
 
     def open(self, page: Page, name: str) -> None:
         """Open a notebook, and wait until its kernel is there."""
@@ -72,7 +71,6 @@ def jupyter_lab(folder: Path) -> Iterator[Lab]:
     Args:
         folder: An empty folder.
     """
-    pytest.importorskip("jupyterlab")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -21,12 +21,14 @@ __all__ = ["Output", "Place", "Widget", "has_widgets"]
 
 _WIDGET: Final = "application/vnd.jupyter.widget-view+json"
 
-# The bundle sets globals; the page may have others of these names.
+# The bundle and the charts' host set globals; the page may have others of these names.
 _HEAD: Final = """\
-const streamlensBefore = ["vega", "vegaLite", "vegaEmbed"].map((name) => [name, globalThis[name]]);
+const streamlensBefore = ["vega", "vegaLite", "vegaEmbed", "streamlensCharts"].map(
+  (name) => [name, globalThis[name]],
+);
 """
 _BETWEEN: Final = """
-const { vega, vegaEmbed } = globalThis;
+const { vega, vegaEmbed, streamlensCharts } = globalThis;
 for (const [name, value] of streamlensBefore) {
   if (value === undefined) delete globalThis[name];
   else globalThis[name] = value;
@@ -129,12 +131,13 @@ def has_widgets() -> bool:
 
 @cache
 def _code() -> tuple[str, str]:
-    """The widget's script, the Vega bundle in it, and its style sheet."""
+    """The widget's script, with all that it needs in it, and its style sheet."""
     folder = files("streamlens.views")
     bundled = folder.joinpath("vega/vega.min.js").read_text(encoding="utf-8")
+    host = folder.joinpath("page/host.js").read_text(encoding="utf-8")
     script = folder.joinpath("page/live.js").read_text(encoding="utf-8")
     style = folder.joinpath("page/live.css").read_text(encoding="utf-8")
-    return f"{_HEAD}{bundled}\n{_BETWEEN}{script}", style
+    return f"{_HEAD}{bundled}\n{host}{_BETWEEN}{script}", style
 
 
 @cache

@@ -16,6 +16,19 @@ globalThis.streamlensCharts = (() => {
     return { ...spec, ...(layers && { layer: layers }), width: "container", autosize: { type: "fit-x", contains: "padding" } };
   }
 
+  // By which signal a view is tied to the others; null for none.
+  function tiedBy(view) {
+    const tied = [RANGE, FOLLOWS].find((signal) => {
+      try {
+        view.signal(signal);
+        return true;
+      } catch {
+        return false; // Vega throws for a signal it does not know
+      }
+    });
+    return tied ?? null;
+  }
+
   function filled({ spec, data = {}, signals = {} }) {
     const params = spec.params?.map((param) => (param.name in signals ? { ...param, value: signals[param.name] } : param));
     return { ...spec, ...(params && { params }), datasets: { ...spec.datasets, ...data } };
@@ -49,16 +62,8 @@ globalThis.streamlensCharts = (() => {
       return Promise.all(others.map(({ tied, result }) => result.view.signal(tied, range).runAsync())).finally(() => { moving = false; });
     }
 
-    // By which signal a view is tied to the others; null for none.
     async function tie(view) {
-      const tied = [RANGE, FOLLOWS].find((signal) => {
-        try {
-          view.signal(signal);
-          return true;
-        } catch {
-          return false; // Vega throws for a signal it does not know
-        }
-      });
+      const tied = tiedBy(view);
       if (!tied) return null;
       if (range) await view.signal(tied, range).runAsync();
       if (tied === RANGE) {
@@ -167,5 +172,5 @@ globalThis.streamlensCharts = (() => {
   // Draws each of `charts` once, with configs.light or configs.dark. Resolves when all are drawn.
   const mount = (charts, configs) => board().show(charts, configs);
 
-  return { board, mount };
+  return { board, mount, fit, tiedBy, RANGE };
 })();

@@ -1,8 +1,8 @@
 // The charts of a run in a notebook: draws what the kernel tells, and appends rows as they come.
-// In front of this stands the Vega bundle, and what gives the page its own globals back.
+// In front of this stand the Vega bundle and host.js, and what gives the page its own globals back.
 
 const EMPTY = { content: { kind: "whole", number: 0, order: [], charts: [], rows: [] }, numbers: new ArrayBuffer(0) };
-const RANGE = "steps_step"; // what Vega-Lite calls the range of the selection `steps`
+const { fit, tiedBy, RANGE } = streamlensCharts;
 
 // Vega's expressions run several times faster compiled, which a page's policy may forbid.
 const COMPILES = (() => {
@@ -134,19 +134,6 @@ class Board {
   }
 }
 
-// A view's own size is for pages that do not say; here a chart is as wide as its place.
-function fit(specification) {
-  const { layer, mark } = specification;
-  if (!layer && !mark) return specification;
-  const layers = layer?.map(({ width, ...rest }) => rest);
-  return {
-    ...specification,
-    ...(layers && { layer: layers }),
-    width: "container",
-    autosize: { type: "fit-x", contains: "padding" },
-  };
-}
-
 // Whether the notebook is dark, whatever it is called there.
 function isDark(el) {
   for (let node = el; node; node = node.parentElement) {
@@ -154,14 +141,6 @@ function isDark(el) {
     if (blue !== undefined && alpha > 0.5) return 0.3 * red + 0.6 * green + 0.1 * blue < 110;
   }
   return false;
-}
-
-function signal(view, name) {
-  try {
-    return view.signal(name);
-  } catch {
-    return undefined; // Vega throws for a signal it does not know
-  }
 }
 
 // One chart on a screen: drawn by one task after the other, what has come meanwhile all at once.
@@ -176,6 +155,7 @@ class Place {
     this.canvas = this.el.appendChild(document.createElement("div"));
     this.canvas.className = "streamlens-chart";
     this.view = null;
+    this.tied = null; // by which signal it follows the steps that the others show
     this.result = null;
     this.anew = false;
     this.changed = new Map();
@@ -229,16 +209,13 @@ class Place {
       downloadFileName: chart.key,
       actions: { export: true, source: false, compiled: false, editor: false },
     });
-    const zoom = this.view && signal(this.view, RANGE);
-    const zoomed = zoom !== undefined && signal(this.view, "steps_tuple") != null;
     this.result?.finalize();
     for (const old of [...this.canvas.children]) if (old !== next) old.remove();
     next.classList.remove("streamlens-next");
     this.result = result;
     this.view = result.view;
     this.bindings = chart.bindings;
-    if (zoomed) await this.view.signal(RANGE, zoom).runAsync();
-    this.screen.tie(this.view);
+    this.tied = await this.screen.tie(this.view);
     this.el.dataset.drawn = Number(this.el.dataset.drawn ?? 0) + 1;
   }
 
@@ -272,7 +249,7 @@ class Screen {
     this.board = board;
     this.el = el;
     this.places = new Map();
-    this.tied = new WeakSet();
+    this.range = null; // the steps that somebody chose; null for the whole run
     this.dark = isDark(el);
     this.woken = () => { for (const place of this.places.values()) place.work(); };
     document.addEventListener("visibilitychange", this.woken);
@@ -319,28 +296,22 @@ class Screen {
     }
   }
 
-  tie(view) {
-    if (signal(view, RANGE) === undefined && signal(view, "steps_tuple") === undefined) return;
-    try {
-      view.addSignalListener(RANGE, (_, range) => this.zoom(view, range));
-    } catch {
-      // nothing to zoom
-    }
+  // All charts with steps show the same ones, those that are drawn later too.
+  async tie(view) {
+    const tied = tiedBy(view);
+    if (tied && this.range) await view.signal(tied, this.range).runAsync();
+    if (tied === RANGE) view.addSignalListener(RANGE, (_, range) => this.zoom(view, range));
+    return tied;
   }
 
   zoom(source, range) {
-    if (this.zooming) return;
-    this.zooming = true;
-    const others = [...this.places.values()].map((place) => place.view).filter((view) => view && view !== source);
-    Promise.all(
-      others.map((view) => {
-        try {
-          return view.signal(RANGE, range).runAsync();
-        } catch {
-          return null;
-        }
-      }),
-    ).finally(() => { this.zooming = false; });
+    if (this.moving) return;
+    this.moving = true;
+    this.range = range ?? null;
+    const others = [...this.places.values()].filter(({ tied, view }) => tied && view !== source);
+    Promise.all(others.map(({ tied, view }) => view.signal(tied, this.range).runAsync()))
+      .catch(console.error)
+      .finally(() => { this.moving = false; });
   }
 
   close() {

@@ -17,8 +17,6 @@ from streamlens.lens import Lens
 from streamlens.views.live import Live, LiveChart
 from tests.helpers.notebooks import Notebook, notebook
 
-pytest.importorskip("anywidget")
-
 VEGA = "application/vnd.vegalite.v5+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"

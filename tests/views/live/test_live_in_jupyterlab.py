@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
-from tests.helpers.jupyter import Lab, jupyter_lab
+from tests.helpers.jupyter import Lab, jupyter_lab, wait_for
 from tests.views.fakes import count_pixels
 from tests.views.test_report_in_browser import CHROMIUM, FLAGS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytest.importorskip("anywidget")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}"),
-]
+pytestmark = pytest.mark.browser
 
 ARTIFACTS = Path(__file__).parents[3] / "artifacts" / "notebook"
 NAME = "training.ipynb"
@@ -64,6 +61,10 @@ SHOWN = """() => {
   ]));
 }"""
 
+RANGES = """() => [...document.querySelector(".streamlens-live").streamlens.places.values()].map(
+  ({ view }) => view.signal("steps_step") ?? null,
+)"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
@@ -73,8 +74,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         yield running
         running.close()
@@ -97,6 +97,24 @@ def wait_for_rows(page: Page, count: int) -> dict[str, Any]:
 def pixels(page: Page, chart: int) -> np.ndarray[Any, Any]:
     png = page.locator(".streamlens-live canvas").nth(chart).screenshot()
     return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
+
+
+def rows_of(charts: dict[str, Any]) -> dict[str, int]:
+    return {key: chart["rows"] for key, chart in charts.items()}
+
+
+def sent(lab: Lab) -> dict[str, int]:
+    """How many rows each chart has to show, as the kernel says."""
+    told = json.loads((lab.folder / "sent.json").read_text())["rows"]
+    counts = {part["topic"]: part["count"] for part in told}
+    return {"loss": counts["loss"] + counts["loss.ema"], "update_to_weight_ratio": counts["uw_ratio"]}
+
+
+def zoom(page: Page, chart: int) -> None:
+    page.locator(".streamlens-live canvas").nth(chart).hover(position={"x": 300, "y": 150})
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -400)
+    page.keyboard.up("Control")
 
 
 def test_charts_move_while_the_cell_runs_and_stay_in_the_saved_notebook(browser: Browser, lab: Lab) -> None:
@@ -125,17 +143,21 @@ def test_charts_move_while_the_cell_runs_and_stay_in_the_saved_notebook(browser:
     assert page.locator(".streamlens-live img").count() == 0
     keep(page, "live.png")
 
+    # Zooming one zooms the other, while both go on.
+    zoom(page, 0)
+    page.wait_for_function(f"() => ({RANGES})().every((range) => range !== null)", timeout=10_000)
+    [chosen, followed] = page.evaluate(RANGES)
+    assert chosen == followed
+    assert chosen[0] < chosen[1] < wait_for_rows(page, later["loss"]["rows"] + 80)["loss"]["rows"] / 2
+    assert page.evaluate(RANGES) == [chosen, chosen]
+    page.locator(".streamlens-live canvas").nth(0).dblclick(position={"x": 300, "y": 150})
+    page.wait_for_function(f"() => ({RANGES})().every((range) => range === null)", timeout=10_000)
+
     # What was sent is what is shown.
     (lab.folder / "enough").touch()
-    for _ in range(200):
-        if (lab.folder / "sent.json").exists():
-            break
-        page.wait_for_timeout(100)
+    wait_for(lambda: (lab.folder / "sent.json").exists())
     page.wait_for_timeout(1000)
-    sent = json.loads((lab.folder / "sent.json").read_text())
-    counts = {part["topic"]: part["count"] for part in sent["rows"]}
-    rows = {key: chart["rows"] for key, chart in shown(page).items()}
-    assert rows == {"loss": counts["loss"] + counts["loss.ema"], "update_to_weight_ratio": counts["uw_ratio"]}
+    assert rows_of(shown(page)) == sent(lab)
     (lab.folder / "seen").touch()
 
     # The cell has ended: its output is a picture, and the notebook that is saved now keeps it.
@@ -157,3 +179,32 @@ def test_charts_move_while_the_cell_runs_and_stay_in_the_saved_notebook(browser:
     again.close()
     assert failures == []
     assert {url.split("/")[2].split(":")[0] for url in requests if "://" in url} == {"127.0.0.1"}
+
+
+def test_a_page_that_is_loaded_anew_mid_run_shows_all_rows_once_the_cell_has_ended(
+    browser: Browser, lab: Lab
+) -> None:
+    for name in ("enough", "seen", "sent.json"):
+        (lab.folder / name).unlink(missing_ok=True)
+    lab.write("reloaded.ipynb", [MAKE, SHOW, TRAIN])
+    page = browser.new_page(viewport={"width": 1300, "height": 1250})
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    lab.open(page, "reloaded.ipynb")
+    lab.command(page, "notebook:run-all-cells")
+    wait_for_rows(page, 20)
+    lab.command(page, "docmanager:save")
+    page.wait_for_timeout(1500)
+    page.reload()
+    page.wait_for_selector("text=Loading widget...", timeout=60_000)
+    (lab.folder / "enough").touch()
+    wait_for(lambda: (lab.folder / "sent.json").exists())
+    assert page.locator(".streamlens-live").count() == 0, "a busy kernel tells nobody of its widgets"
+    (lab.folder / "seen").touch()
+    wait_for_rows(page, sent(lab)["loss"])
+    page.wait_for_timeout(500)
+    keep(page, "reloaded.png")
+    charts = shown(page)
+    page.close()
+    assert rows_of(charts) == sent(lab)
+    assert failures == []
