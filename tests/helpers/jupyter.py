@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -14,14 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import nbformat
-
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 __all__ = ["Lab", "jupyter_lab"]
 
 _PATIENCE: Final = 90
+nbformat: Any = importlib.import_module("nbformat")
 _KERNEL: Final = "shell.currentWidget?.sessionContext?.session?.kernel"
 _ROOT: Final = Path(__file__).parents[2]
 

@@ -135,6 +135,9 @@ class LiveChart(Sink):
         if self._ended:
             return
         self.rest()
+        if self.board.empty:
+            # A widget that is closed is an error in a notebook that is opened later.
+            self._place.rest(None)
         self._let_go()
 
     def rest(self) -> None:
@@ -191,7 +194,7 @@ class LiveChart(Sink):
             self._let_go()
 
     def __repr__(self) -> str:
-        return f"LiveChart({'ended' if self._ended else f'{1.0 / self.max_latency:g} Hz'})"
+        return f"LiveChart({'ended' if self._ended or self._over else f'{1.0 / self.max_latency:g} Hz'})"
 
 
 def _place(host: Host, board: Board) -> Place:

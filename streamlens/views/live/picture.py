@@ -14,10 +14,13 @@ from streamlens.views.sources import AnyChart, filled
 from streamlens.views.stack import stack
 from streamlens.views.theme import themed
 
-__all__ = ["MIME", "bundle", "together"]
+__all__ = ["ALT", "MIME", "bundle", "together"]
 
 MIME: Final = "application/vnd.vegalite.v5+json"
-"""What JupyterLab, nbclassic and VS Code draw by themselves: they ship Vega-Lite 5."""
+"""What JupyterLab, Notebook 7 and VS Code draw by themselves; nbclassic and Colab show the PNG."""
+
+ALT: Final = "streamlens: charts of a run"
+"""What is read out in place of the picture."""
 
 _SCHEMA: Final = "https://vega.github.io/schema/vega-lite/v5.json"
 """Says which version the specification is written in; nobody loads it."""
@@ -66,8 +69,8 @@ def bundle(specification: Mapping[str, Any] | None) -> dict[str, Any]:
         The Vega-Lite chart, a PNG where vl-convert is installed, and words.
     """
     if specification is None:
-        return {"text/plain": "streamlens draws the run here"}
-    shown: dict[str, Any] = {MIME: specification, "text/plain": "streamlens: charts of a run"}
+        return {"text/plain": "streamlens: nothing has come to be drawn"}
+    shown: dict[str, Any] = {MIME: specification, "text/plain": ALT}
     png = _png(specification)
     if png is None:
         shown["text/plain"] += " (a picture comes with pip install 'streamlens[export]')"

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from streamlens.views.live.board import Message
-from streamlens.views.live.picture import bundle
+from streamlens.views.live.picture import ALT, bundle
 from streamlens.views.theme import vega_config
 
 __all__ = ["Output", "Place", "Widget", "has_widgets"]
 
 _WIDGET: Final = "application/vnd.jupyter.widget-view+json"
+_BEGUN: Final = {"text/plain": "streamlens draws the run here"}
 
 # The bundle and the charts' host set globals; the page may have others of these names.
 _HEAD: Final = """\
@@ -44,7 +45,8 @@ class Place(ABC):
         self._id = uuid.uuid4().hex
 
     def _show(self, data: dict[str, Any], *, update: bool) -> None:
-        self._display.display(data, raw=True, display_id=self._id, update=update)
+        metadata = {"image/png": {"alt": ALT}} if "image/png" in data else {}
+        self._display.display(data, metadata=metadata, raw=True, display_id=self._id, update=update)
 
     @abstractmethod
     def tell(self, message: Message) -> None:
@@ -83,7 +85,7 @@ class Widget(Place):
     @property
     def _view(self) -> dict[str, Any]:
         model = {"version_major": 2, "version_minor": 1, "model_id": self._widget.model_id}
-        return {_WIDGET: model, "text/plain": "streamlens draws the run here"}
+        return {_WIDGET: model, **_BEGUN}
 
     def tell(self, message: Message) -> None:
         """Send what has changed."""
@@ -113,7 +115,7 @@ class Output(Place):
 
     def __init__(self) -> None:
         super().__init__()
-        self._show(bundle(None), update=False)
+        self._show(_BEGUN, update=False)
 
     def tell(self, message: Message) -> None:
         """Nothing: rows cannot be sent there."""

@@ -18,6 +18,7 @@ from streamlens.topics import topic_spec
 from streamlens.views.actions import SUFFIX
 from streamlens.views.live.chart import Host, LiveChart
 from streamlens.views.live.panel import OwnChart, Panel, panel_of, shipped
+from streamlens.views.live.picture import bundle
 from streamlens.views.shipped import VIEWS, View, by_name
 from streamlens.views.sources import AnyChart, topics_of
 
@@ -66,6 +67,11 @@ class Live:
     def __repr__(self) -> str:
         return f"Live({self._lens.plan_text}, {self.chart!r})"
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """The charts as they are, for a cell that ends in the handle."""
+        picture = self.chart.board.picture()
+        return {"text/plain": repr(self)} if picture is None else bundle(picture)
+
     def _begin(self, chains: Sequence[Observable[Frame]]) -> None:
         for chain in chains:
             chain.subscribe(self.chart)
@@ -103,7 +109,8 @@ def live(
 
     Args:
         lens: What `observe` returned, or a narrower lens: `lens.layers("features.*")`.
-        views: What to show, from the top down. A name is that of a shipped view (`sl.views.VIEWS`) or of a
+        views: What to show, from the top down; a histogram or percentiles show one layer, the first that the
+            lens selects. A name is that of a shipped view (`sl.views.VIEWS`) or of a
             topic; a chart is one of your own over `sl.views.data(topic)`; a chain, `lens.pipe(...)`, or an
             operator is shown as its topic is. What a view draws beside what it is made for, as the loss's
             does changes of the learning rate, it draws where that is shown too: `["loss", "learning_rate"]`.
@@ -170,9 +177,11 @@ class _Plan:
             )
 
     def _named(self, name: str) -> None:
+        if _is_raw(name):
+            raise StreamlensError(_raw("live(views=...)", name))
         there = [t for t in self.lens.source.known_topics if not _is_raw(t)]
         made = [name] if name not in there and self._recipe(name) is not None else []
-        view = by_name(name, [*there, *made])
+        view = by_name(name, [*there, *made, "uw_ratio"])
         self._needed(view)
         panel = shipped(view, self.model) if name in VIEWS else panel_of(f"{self.model}{name}")
         if all(panel.key != other.key for other in self.panels):
@@ -212,9 +221,7 @@ class _Plan:
             return
         if topic in self.lens.source.known_topics:
             if _is_raw(topic):
-                raise StreamlensError(
-                    f"{who} draws {topic!r}, which is tensors and no numbers: reduce it, as in {topic}.norm2"
-                )
+                raise StreamlensError(_raw(who, topic))
             chain = self.lens.pipe(operators.topic(topic))
             spec = topic_spec(topic)
             micro = spec is not None and spec.kind is Kind.MICRO_STEP
@@ -245,6 +252,10 @@ class _Plan:
 def _is_raw(topic: str) -> bool:
     spec = topic_spec(topic)
     return spec is not None and spec.raw
+
+
+def _raw(who: str, topic: str) -> str:
+    return f"{who} draws {topic!r}, which is tensors and no numbers: reduce it, as in {topic}.norm2"
 
 
 def _is_chart(view: object) -> bool:

@@ -157,6 +157,28 @@ def test_closing_ends_what_was_subscribed_and_leaves_the_lens(cells: Notebook, t
     assert not training.lens.closed
 
 
+def test_charts_that_end_before_anything_came_leave_words_and_no_dead_widget(
+    cells: Notebook, training: Training
+) -> None:
+    live = sl.live(training.lens)
+    live.close()
+    live.close()
+    assert [output["update"] for output in cells.outputs] == [False, True]
+    assert cells.last() == {"text/plain": "streamlens: nothing has come to be drawn"}
+
+
+def test_a_cell_that_ends_in_the_handle_shows_the_picture(cells: Notebook, training: Training) -> None:
+    live = sl.live(training.lens, views="loss")
+    show = cells.shell.display_formatter.format
+    assert show(live)[0] == {"text/plain": repr(live)}
+    training.steps(4)
+    assert live.chart.drain(5)
+    data, _ = show(live)
+    assert data[PNG].startswith("iVBOR")
+    assert {row["step"] for row in rows(data, "kind")} == {0, 1, 2, 3}
+    live.close()
+
+
 def test_closing_the_lens_ends_the_charts_and_the_cell_keeps_the_picture(
     cells: Notebook, training: Training
 ) -> None:
@@ -284,7 +306,8 @@ def test_without_a_notebook_it_says_what_to_use_instead(training: Training) -> N
         ([3], TypeError, "got 3"),
         (["hessian_eigenvalues"], sl.StreamlensError, r"views=\[lens.pipe\(...\)\]"),
         (["accuracy"], sl.StreamlensError, r"emits=\['train_accuracy', 'test_accuracy'\]"),
-        (["weights"], ValueError, "unknown view 'weights'"),
+        (["weights"], sl.StreamlensError, "tensors and no numbers: reduce it, as in weights.norm2"),
+        (["uw_rato"], ValueError, "did you mean 'uw_ratio'"),
         ([alt.Chart("x.csv").mark_line()], ValueError, r"over one, alt.Chart\(sl.views.data\('loss'\)\)"),
         (
             [alt.Chart(sl.views.data("weights")).mark_line()],
