@@ -39,7 +39,7 @@ x = torch.randn(32, 8)
 SHOW = "live = sl.live(lens, views=['loss', 'uw_ratio'], hz=5)"
 # It trains until it is told to end, then says what the charts hold before the cell ends.
 TRAIN = """
-until, steps = time.monotonic() + 60, 0
+until, steps = time.monotonic() + 180, 0
 while not pathlib.Path("enough").exists() and time.monotonic() < until:
     optimizer.zero_grad()
     criterion(model(x), 0.3 * x).backward()
@@ -194,7 +194,7 @@ def test_a_page_that_is_loaded_anew_mid_run_shows_all_rows_once_the_cell_has_end
     lab.command(page, "notebook:run-all-cells")
     wait_for_rows(page, 20)
     lab.command(page, "docmanager:save")
-    page.wait_for_timeout(1500)
+    wait_for(lambda: bool(lab.read("reloaded.ipynb").cells[1].outputs))
     page.reload()
     page.wait_for_selector("text=Loading widget...", timeout=60_000)
     (lab.folder / "enough").touch()
