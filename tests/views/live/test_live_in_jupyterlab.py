@@ -179,32 +179,3 @@ def test_charts_move_while_the_cell_runs_and_stay_in_the_saved_notebook(browser:
     again.close()
     assert failures == []
     assert {url.split("/")[2].split(":")[0] for url in requests if "://" in url} == {"127.0.0.1"}
-
-
-def test_a_page_that_is_loaded_anew_mid_run_shows_all_rows_once_the_cell_has_ended(
-    browser: Browser, lab: Lab
-) -> None:
-    for name in ("enough", "seen", "sent.json"):
-        (lab.folder / name).unlink(missing_ok=True)
-    lab.write("reloaded.ipynb", [MAKE, SHOW, TRAIN])
-    page = browser.new_page(viewport={"width": 1300, "height": 1250})
-    failures: list[str] = []
-    page.on("pageerror", lambda error: failures.append(str(error)))
-    lab.open(page, "reloaded.ipynb")
-    lab.command(page, "notebook:run-all-cells")
-    wait_for_rows(page, 20)
-    lab.command(page, "docmanager:save")
-    wait_for(lambda: bool(lab.read("reloaded.ipynb").cells[1].outputs))
-    page.reload()
-    page.wait_for_selector("text=Loading widget...", timeout=60_000)
-    (lab.folder / "enough").touch()
-    wait_for(lambda: (lab.folder / "sent.json").exists())
-    assert page.locator(".streamlens-live").count() == 0, "a busy kernel tells nobody of its widgets"
-    (lab.folder / "seen").touch()
-    wait_for_rows(page, sent(lab)["loss"])
-    page.wait_for_timeout(500)
-    keep(page, "reloaded.png")
-    charts = shown(page)
-    page.close()
-    assert rows_of(charts) == sent(lab)
-    assert failures == []
