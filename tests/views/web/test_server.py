@@ -133,16 +133,18 @@ def test_nothing_can_be_changed(client: Client, folder: Path) -> None:
     assert (folder / "first" / "run.db").read_bytes() == before
 
 
-def test_an_answer_that_is_known_is_not_sent_again(client: Client) -> None:
-    first = client.get("/api/charts")
-    again = client.get("/api/charts", If_None_Match=first.headers["etag"])
+@pytest.mark.parametrize("address", ["/api/charts", "/assets/vega.js"])
+def test_an_answer_that_is_known_is_not_sent_again(client: Client, address: str) -> None:
+    first = client.get(address)
+    again = client.get(address, If_None_Match=first.headers["etag"])
     assert (again.status, again.body) == (304, b"")
-    assert client.get("/api/charts", If_None_Match='"other"').status == 200
+    assert client.get(address, If_None_Match='"other"').status == 200
 
 
-def test_answers_are_compressed_for_those_who_can_read_that(client: Client) -> None:
-    plain = client.get("/api/charts")
-    small = client.get("/api/charts", Accept_Encoding="gzip")
+@pytest.mark.parametrize("address", ["/api/charts", "/assets/vega.js"])
+def test_answers_are_compressed_for_those_who_can_read_that(client: Client, address: str) -> None:
+    plain = client.get(address)
+    small = client.get(address, Accept_Encoding="gzip")
     assert gzip.decompress(small.body) == plain.body
     assert len(small.body) < len(plain.body) / 2
 
