@@ -25,7 +25,12 @@ _LACKING: Final = ", which this lens cannot give"
 
 
 def alerts_of(
-    source: Observable[Frame], rules: Sequence[Rule], plan: str, *, lenient: bool = False
+    source: Observable[Frame],
+    rules: Sequence[Rule],
+    plan: str,
+    *,
+    lenient: bool = False,
+    chosen: Collection[str] = (),
 ) -> Stream:
     """The alerts of some rules.
 
@@ -34,6 +39,7 @@ def alerts_of(
         rules: The rules, each of another name.
         plan: The operator as it shows in the plan.
         lenient: Leave out rules that the Lens has nothing for, and say so in `explain()`.
+        chosen: Names of rules whose inputs are computed even where that is dear, and as these want them.
 
     Returns:
         The stream of alerts.
@@ -43,7 +49,7 @@ def alerts_of(
     """
     left_out: dict[str, str] = {}
     if isinstance(source, Lens) and source.view.reduction is None:
-        streams, left_out = _on_lens(source, rules, lenient=lenient)
+        streams, left_out = _on_lens(source, rules, lenient=lenient, chosen=chosen)
         rules = [rule for rule in rules if rule.name not in left_out]
         if not rules:
             raise StreamlensError(_all_left_out(left_out))
@@ -65,12 +71,16 @@ def alerts_of(
     )
 
 
-def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[Stream], dict[str, str]]:
+def _on_lens(
+    lens: Lens, rules: Sequence[Rule], *, lenient: bool, chosen: Collection[str]
+) -> tuple[list[Stream], dict[str, str]]:
     """The inputs' streams, each asked for once, and why rules have to be left out."""
     asked: dict[Key, _Asked] = {}
-    for rule in rules:
+    # What two rules look at is made once: as the one wants it that somebody chose.
+    for rule in sorted(rules, key=lambda rule: rule.name not in chosen):
+        compute = rule.cheap or not lenient or rule.name in chosen
         for entry in rule.inputs():
-            asked.setdefault(entry.asked, _Asked(entry)).add(rule, entry, lenient=lenient)
+            asked.setdefault(entry.asked, _Asked(entry)).add(rule, entry, compute=compute)
     found: dict[Key, list[Stream]] = {}
     for key, wish in asked.items():
         for every, between in wish.spans():
@@ -78,7 +88,8 @@ def _on_lens(lens: Lens, rules: Sequence[Rule], *, lenient: bool) -> tuple[list[
             stream = found_on(narrowed, wish.entry, compute=wish.compute)
             if stream is not None:
                 found.setdefault(key, []).append(stream)
-    left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens))}
+    dear = {key for key, wish in asked.items() if not wish.compute}
+    left_out = {rule.name: why for rule in rules if (why := _lacks(rule, found, lens, dear))}
     kept = {entry.asked for rule in rules if rule.name not in left_out for entry in rule.inputs()}
     return [stream for key, streams in found.items() if key in kept for stream in streams], left_out
 
@@ -92,11 +103,11 @@ class _Asked:
         self.needed = False
         self.compute = False
 
-    def add(self, rule: Rule, entry: Input, *, lenient: bool) -> None:
+    def add(self, rule: Rule, entry: Input, *, compute: bool) -> None:
         """A rule wants it too."""
         self.paces.add(rule.pace(entry))
         self.needed = self.needed or entry.needed
-        self.compute = self.compute or rule.cheap or not lenient
+        self.compute = self.compute or compute
 
     def spans(self) -> Iterator[tuple[int, tuple[int, int | None] | None]]:
         """At which cadence it is asked for between which steps."""
@@ -123,13 +134,15 @@ def _all_left_out(left_out: Mapping[str, str]) -> str:
     return "; ".join(", ".join(those) + remedy for remedy, those in rules.items())
 
 
-def _lacks(rule: Rule, found: Collection[Key], lens: Lens) -> str:
+def _lacks(rule: Rule, found: Collection[Key], lens: Lens, dear: Collection[Key]) -> str:
     """What a rule cannot do without and lacks; empty if nothing."""
     needed = [entry for entry in rule.inputs() if entry.needed]
     missing = [entry for entry in needed if entry.asked not in found]
     if not missing or (rule.any_input and len(missing) < len(needed)):
         return ""
     what = (" or " if rule.any_input else " and ").join(repr(entry.name) for entry in missing)
+    if any(entry.asked in dear for entry in missing) and lens.source.of_model:
+        return f"looks at {what}, dear and no topic here: health({rule.name}()) has it computed"
     remedies = dict.fromkeys(entry.remedy for entry in missing if entry.remedy)
     if not lens.source.of_model:
         remedies = dict.fromkeys([lens.source.remedy] if lens.source.remedy else [])

@@ -19,6 +19,8 @@ _HALF_LIFE: Final = 50
 """Looks after which the weight of a gradient in a layer's history has halved."""
 _BEGINNING: Final = 20
 """Looks that make up a layer's beginning."""
+_LEAST: Final = 10
+"""Looks that a layer's history must have where the norm of the weights has its say as well."""
 
 
 class _Vanishing(Judge):
@@ -121,7 +123,9 @@ class _Exploding(Judge):
         usable = np.isfinite(look.values) & (look.values > 0)
         logs = np.log(np.where(usable, look.values, 1.0))
         usual = np.maximum(recent[rows], beginning[rows])
-        ready = looks[rows] >= _BEGINNING
+        # What is above the norm of all weights is no plateau that ends: half the history will do. `health`,
+        # which looks seldom, would else see nothing for the first hundred steps.
+        ready = looks[rows] >= (_LEAST if self._weights > 0 else _BEGINNING)
         excess = np.exp(np.minimum(logs - usual, 700.0))
         values = np.where(np.isnan(look.values), math.nan, np.where(ready & usable, excess, 0.0))
         values = np.where(np.isposinf(look.values), math.inf, values)
@@ -204,10 +208,10 @@ def exploding_gradients(
     Two values are judged, both of `weight_gradients.norm2`. Against its history: |g_l|_2 over the
     geometric mean of the layer's own (half-life 50 looks), or of its first 20 looks where that is
     larger, so that a hard example late in training, when gradients have become small, is silent; bad above
-    `factor`, for which there must have been 20 looks, if it is also above `floor` times the norm of all
-    weights (`weights.norm2`, where there is one): leaving a plateau multiplies gradients too. And in
-    size: |g_l|_2 over the norm of all weights; bad above `above`. Ordinary gradients stay below that
-    norm, most below a tenth of it (`docs/alerts.md`).
+    `factor` if it is also above `floor` times the norm of all weights (`weights.norm2`, where there is
+    one): leaving a plateau multiplies gradients too. For that there must have been 10 looks, and 20 where
+    there is no such norm. And in size: |g_l|_2 over the norm of all weights; bad above `above`. Ordinary
+    gradients stay below that norm, most below a tenth of it (`docs/alerts.md`).
 
     The topic is `alerts.exploding_gradients`. Cost: the norm of each gradient at each look, and those of
     the weights every tenth. NaN is left out (see `nonfinite_values`); inf is bad. Source: Pascanu,

@@ -19,7 +19,7 @@ from streamlens.operators.alerts.loss_spike import loss_spike
 from streamlens.operators.alerts.losses import diverging, loss_not_decreasing
 from streamlens.operators.alerts.nonfinite import nonfinite_values
 from streamlens.operators.alerts.overfitting import overfitting
-from streamlens.operators.alerts.sizes import layer_oversized, layer_undersized
+from streamlens.operators.alerts.sizes import check_windows, layer_oversized, layer_undersized
 from streamlens.operators.alerts.units import dead_units, saturated_units
 from streamlens.operators.alerts.updates import ratio_out_of_band, unchanged_weights
 from streamlens.stream import Operator
@@ -74,7 +74,9 @@ def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
     updates at every tenth up to step 100 and at every twentieth from there on. Rules that are given keep
     cadences of their own: `health(nonfinite_values(), exploding_gradients())` reads all outputs and
     gradients at every step. A rule for which a run has nothing (no loss is watched, no accuracy emitted, no
-    ReLU there) is left out, and `lens.explain()` says which and why. On a stream of frames, such as a stored
+    ReLU there) is left out, and `lens.explain()` says which and why; so are `layer_oversized` and
+    `layer_undersized`, which judge sizes and are dear, unless one is given (then both are judged, from the
+    same saturation) or `activations.saturation` is a topic already. On a stream of frames, such as a stored
     run's, rules look at the topics that come. What they cost is in `benchmarks/README.md`, how well they work
     in `docs/alerts.md`. Values on a GPU are judged when their copy has arrived, without waiting.
     NaN is told by `nonfinite_values`; the other rules leave it out.
@@ -89,7 +91,8 @@ def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
 
     Raises:
         TypeError: Something that is no rule.
-        ValueError: Two rules of one name, or a name to leave out that no rule has.
+        ValueError: Two rules of one name, a name to leave out that no rule has, or two rules on the size of
+            layers with windows that differ.
 
     Example:
         `lens.pipe(health(dead_units(share=0.8), without=["loss_spike"]))`
@@ -115,11 +118,12 @@ def health(*rules: Rule, without: Sequence[str] = ()) -> Operator:
         del chosen[name]
     if not chosen:
         raise ValueError("health(without=): no rule is left")
+    check_windows([rule for name, rule in given.items() if name in chosen])
     shown = [rule.describe() for name, rule in chosen.items() if rule != default.get(name)]
     shown += [f"without={list(without)!r}"] if without else []
     plan = f"health({', '.join(shown)})"
 
     def apply(source: Observable[Frame]) -> Observable[Frame]:
-        return alerts_of(source, tuple(chosen.values()), plan, lenient=True)
+        return alerts_of(source, tuple(chosen.values()), plan, lenient=True, chosen=given)
 
     return apply

@@ -23,7 +23,7 @@ from streamlens.operators.selection import layers, topic
 from streamlens.operators.singular_values import effective_rank
 from streamlens.stream import Operator
 
-__all__ = ["layer_oversized", "layer_undersized"]
+__all__ = ["check_windows", "layer_oversized", "layer_undersized"]
 
 _SATURATION: Final = "activations.saturation"
 _RANK: Final = Input("weights.effective_rank", lambda: effective_rank("weights"), needed=False)
@@ -170,6 +170,18 @@ class _Undersized(_Sized):
         return "Try more units there, if accuracy is what is missing"
 
 
+def check_windows(rules: Sequence[Rule]) -> None:
+    """Refuse rules that look at one saturation over windows that differ.
+
+    Raises:
+        ValueError: They do.
+    """
+    sized = [rule for rule in rules if isinstance(rule, _Sized)]
+    if len({rule.window for rule in sized}) > 1:
+        both = " and ".join(f"{rule.name}(window={rule.window})" for rule in sized)
+        raise ValueError(f"health() was given {both}: they look at one saturation, so give both one window")
+
+
 def layer_oversized(
     *,
     below: float = 0.05,
@@ -184,9 +196,9 @@ def layer_oversized(
     output variance needs, in (0, 1]; bad below `below`, unless the effective rank of its weights
     (`weights.effective_rank`, where it is known) has grown beyond `rank` times what it was at the
     first look: then the layer is still unfolding. The default asks for twenty times as many directions as
-    are used. A judgment of size and no error, severity `"info"`, and not in `health()` by itself: that
-    looks at it where `activations.saturation` is a topic already, as after
-    `lens.derive("activations.saturation", lens.pipe(saturation()))`.
+    are used. A judgment of size and no error, severity `"info"`, and not in `health()` by itself:
+    `health(layer_oversized())` has it, and so has a lens on which `activations.saturation` is a topic
+    already, as after `lens.derive("activations.saturation", lens.pipe(saturation()))`.
 
     By itself the rule asks a Lens for the `saturation()` of each layer with a matrix of weights but the
     last, whose outputs the task counts; `layers()` in front chooses among them. A window has to bring several

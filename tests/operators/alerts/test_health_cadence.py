@@ -12,6 +12,8 @@ from torch import nn
 import streamlens as sl
 from streamlens.frame import Frame
 from tests._runs import steps_of
+from tests.helpers.recording import observed
+from tests.operators.support import frame, run
 
 
 class Net(nn.Module):
@@ -73,3 +75,32 @@ def test_what_is_dear_is_looked_at_less_often_later(net: tuple[Net, sl.Lens]) ->
     assert sorted(looks) == [0, 1, 2, 4, 8, 12]
     for _ in steps_of(model, torch.optim.SGD(model.parameters(), 0.01), 2):
         pass
+
+
+@pytest.mark.parametrize("at", [10, 30, 95])
+def test_an_explosion_early_in_a_run_is_seen_within_ten_steps(at: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    alerts: list[Frame] = []
+    with observed(model) as lens:
+        lens.pipe(sl.health()).subscribe(alerts.append)
+        for step in range(at + 10):
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 8)).mean() * (50.0 if step >= at else 1.0)
+            loss.backward()
+            optimizer.step()
+    (alert,) = [f for f in alerts if f.topic == "alerts.exploding_gradients"]
+    assert at <= alert.step < at + 10
+    assert alert.meta["of"] == "history"
+
+
+def test_without_the_norm_of_the_weights_a_gradients_history_must_be_longer() -> None:
+    def alerted(looks: int) -> list[int]:
+        items = [
+            frame(s, {"a": 1.0 if s < looks else 99.0}, "weight_gradients.norm2") for s in range(looks + 1)
+        ]
+        return [f.step for f in run(sl.exploding_gradients(), items)]
+
+    assert alerted(19) == []
+    assert alerted(20) == [20]

@@ -100,8 +100,31 @@ def test_health_does_not_compute_it_by_itself() -> None:
     with observed(model) as lens:
         lens.pipe(sl.health()).subscribe(lambda _: None)
         text = lens.explain()
-    assert "left out layer_oversized: it looks at 'activations.saturation'" in text
+    assert (
+        "left out layer_oversized: it looks at 'activations.saturation', dear and no topic here: "
+        "health(layer_oversized()) has it computed" in text
+    )
     assert "saturation(" not in text
+
+
+@pytest.mark.parametrize("rule", [sl.layer_oversized(**SOON), sl.layer_undersized(**SOON)])
+def test_health_computes_what_a_rule_needs_that_it_was_given(rule: Any) -> None:
+    torch.manual_seed(0)
+    wide = rule.name == "layer_oversized"
+    model = nn.Sequential(nn.Linear(*((2, 64) if wide else (32, 4))), nn.Linear(64 if wide else 4, 2))
+    with observed(model) as lens:
+        got = record(lens, sl.health(rule))
+        text = lens.explain()
+        trained(lens, model, 4, 2 if wide else 32)
+    assert found([f for f in got if "size" in f.topic]) == [(3, "start", ("0",))]
+    assert "left out layer_" not in text
+
+
+def test_health_takes_rules_on_sizes_with_one_window() -> None:
+    with pytest.raises(
+        ValueError, match=r"layer_oversized\(window=2\) and layer_undersized\(window=3\).*one wi"
+    ):
+        sl.health(sl.layer_oversized(window=2), sl.layer_undersized(window=3))
 
 
 def test_layers_in_front_choose_and_a_model_without_any_is_said() -> None:
