@@ -516,7 +516,7 @@ def test_the_report_shows_each_metric_asked_for(metrics_run: tuple[Path, Result]
         "Spectral norms of weights",
         "Curvature",
         "Sharpness",
-        "Norm1, ema of biases",
+        "Biases: norm1, moving average",
         "Cosine of weight gradients",
     ):
         assert f"<h3>{title}</h3>" in page

@@ -31,7 +31,7 @@ parts = {{name: torch.nn.Linear(8, 8) for name in ["first", {HOSTILE!r}, "last"]
 model = torch.nn.Sequential()
 for name, part in parts.items():
     model.add_module(name, part)
-optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 criterion = torch.nn.MSELoss()
 lens = sl.observe(model, loss=criterion)
 x = torch.randn(32, 8)

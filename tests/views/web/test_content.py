@@ -88,9 +88,10 @@ def test_a_form_stays_while_rows_come_and_changes_with_what_is_drawn(tmp_path: P
             client_forms = {section["key"]: section["form"] for section in asked(client)["sections"]}
             return client_forms["loss"]
 
-        first = write(0, 1.0)
-        assert write(1, 0.5) == first
-        assert write(2, math.nan) != first
+        write(0, 1.0)  # one step alone is a dot and no line
+        first = write(1, 0.5)
+        assert write(2, 0.4) == first
+        assert write(3, math.nan) != first
 
 
 def test_the_form_of_the_loss_is_the_same_however_long_the_run_becomes(tmp_path: Path) -> None:
