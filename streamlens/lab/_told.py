@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["FOLDER", "Folder", "Named", "as_usage", "console", "shown", "table_of"]
+__all__ = ["FOLDER", "Folder", "Named", "OwnCharts", "as_usage", "console", "shown", "table_of"]
 
 FOLDER: Final = Path("runs")
 """Where runs are recorded unless somebody says otherwise."""
@@ -24,6 +24,15 @@ Named = Annotated[
     list[str],
     typer.Argument(
         help="A run's id or the beginning of it, its name, its folder, or its run store.", show_default=False
+    ),
+]
+OwnCharts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--views",
+        help="Charts of your own: a Python file, which is run; with :name,name after it only these. "
+        "May be repeated.",
+        show_default=False,
     ),
 ]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from streamlens.lab._told import FOLDER, Folder, as_usage, shown
+from streamlens.lab._told import FOLDER, Folder, OwnCharts, as_usage, shown
 
 __all__ = ["report"]
 
@@ -49,23 +49,15 @@ def report(
     dark: Annotated[
         bool, typer.Option("--dark", help="A picture for a dark background.", show_default="off")
     ] = False,
-    views: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--views",
-            help="Charts of your own: a Python file, which is run; with :name,name after it only these. "
-            "May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    views: OwnCharts = None,
     folder: Folder = FOLDER,
 ) -> None:
     """Write a report of a recorded run, also of one that is still being written: one file, no network."""
     from streamlens.lab.recorded import find
     from streamlens.runs import read_run
+    from streamlens.views.own import charts_of
     from streamlens.views.picture import write_picture
     from streamlens.views.report import write_report
-    from streamlens.views.web.own import charts_of
 
     form = _form(format_, out)
     try:

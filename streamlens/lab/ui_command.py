@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from streamlens.lab._told import OwnCharts
+
 __all__ = ["ui"]
 
 
@@ -43,19 +45,11 @@ def ui(
             show_default="off",
         ),
     ] = False,
-    views: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--views",
-            help="Charts of your own: a Python file, which is run; with :name,name after it only these. "
-            "May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    views: OwnCharts = None,
 ) -> None:
     """Serve a live page of recorded runs, also of those being written, until Ctrl-C."""
     from streamlens.errors import StreamlensError
-    from streamlens.views.web.own import charts_of
+    from streamlens.views.own import charts_of
     from streamlens.views.web.serve import PageServer
 
     try:

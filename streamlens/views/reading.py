@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from streamlens.runs import Run, read_run
 from streamlens.views.sections import ModelRows, ReadableRun, read_models
-from streamlens.views.web.thinned import Thinned
+from streamlens.views.thinned import Thinned
 
 __all__ = ["read_thinned", "readable"]
 

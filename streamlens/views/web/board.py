@@ -12,12 +12,12 @@ from typing import Any, Final
 
 from streamlens.errors import RunStoreError
 from streamlens.runs import Run
+from streamlens.views.own import OwnView
+from streamlens.views.packed import encoded
 from streamlens.views.theme import vega_config
 from streamlens.views.web.charts import Question, of_one_run
 from streamlens.views.web.comparison import of_several_runs
 from streamlens.views.web.library import Entry, Library, Look, State, state_of
-from streamlens.views.web.own import OwnView
-from streamlens.views.web.packed import encoded
 
 __all__ = ["Answer", "Board"]
 

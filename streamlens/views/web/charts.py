@@ -12,13 +12,13 @@ from streamlens.views.alerts import quiet, rules_of, with_marks
 from streamlens.views.heading import heading
 from streamlens.views.marks import Limits
 from streamlens.views.others import other_sections
+from streamlens.views.own import OwnView
+from streamlens.views.packed import alert_rows, packed
 from streamlens.views.reading import read_thinned
 from streamlens.views.sections import ModelRows, Section, label_width, read_models, sections
 from streamlens.views.shipped import VIEWS
 from streamlens.views.summary import last_step, tiles
-from streamlens.views.web.own import OwnView
-from streamlens.views.web.packed import alert_rows, packed
-from streamlens.views.web.thinned import Thinned, Window
+from streamlens.views.thinned import Thinned, Window
 
 __all__ = ["Question", "of_one_run"]
 

@@ -16,13 +16,13 @@ from streamlens.views.heading import heading
 from streamlens.views.marks import Limits
 from streamlens.views.metric import metric
 from streamlens.views.others import title_of
+from streamlens.views.own import OwnView
+from streamlens.views.packed import alert_rows, packed
 from streamlens.views.sections import ModelRows, Section, read_models
 from streamlens.views.shipped import VIEWS
 from streamlens.views.summary import last_step
+from streamlens.views.thinned import Thinned
 from streamlens.views.web.charts import Question
-from streamlens.views.web.own import OwnView
-from streamlens.views.web.packed import alert_rows, packed
-from streamlens.views.web.thinned import Thinned
 
 __all__ = ["of_several_runs"]
 

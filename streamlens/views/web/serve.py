@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from streamlens.views.own import own_views
 from streamlens.views.sources import AnyChart
 from streamlens.views.web.board import Board
 from streamlens.views.web.charts import Question
 from streamlens.views.web.library import Library
-from streamlens.views.web.own import own_views
 
 __all__ = ["PORT", "PageServer", "require_packages", "serve"]
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
+from tests.helpers.browsers import running_browser
 from tests.helpers.jupyter import Lab, jupyter_lab, wait_for
 from tests.views.fakes import count_pixels
-from tests.views.test_report_in_browser import CHROMIUM, FLAGS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -74,10 +73,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+    with running_browser() as running:
         yield running
-        running.close()
 
 
 def keep(page: Page, name: str) -> None:

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from streamlens.lab.commands import app
 from streamlens.lab.session import can_open_browser
+from streamlens.views.own import charts_of, own_views
 from streamlens.views.web import serve
-from streamlens.views.web.own import charts_of, own_views
 from streamlens.views.web.process import PageProcess
 from tests.helpers.written_runs import write_run
 

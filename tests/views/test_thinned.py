@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamlens.frame import Frame
 from streamlens.runs import Run, RunWriter, read_run
-from streamlens.views.web.thinned import Thinned, matching, points_of
+from streamlens.views.thinned import Thinned, matching, points_of
 from tests.helpers.written_runs import action
 
 STEPS = 4_000

@@ -13,10 +13,10 @@ from typing import Any, Final, TypeGuard, get_args
 import altair as alt
 
 from streamlens.views.marks import Limits
+from streamlens.views.packed import packed
 from streamlens.views.sections import Section
 from streamlens.views.sources import AnyChart, filled, records, topics_of
-from streamlens.views.web.packed import packed
-from streamlens.views.web.thinned import Thinned
+from streamlens.views.thinned import Thinned
 
 __all__ = ["OwnView", "charts_of", "own_views"]
 
