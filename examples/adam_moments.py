@@ -115,14 +115,14 @@ def analyse(results: ex.Results) -> ex.Findings:
     growth = (ends.last() / ends.first()).map(np.log).groupby(level=[*by, "seed"], sort=False).mean()
     gone = results.last("vanished").query("layer.str.endswith('weight')")
     worst = gone.groupby([*by, "seed"], sort=False).value.max().reset_index()
-    accuracy = ex.interval(results.last("test_accuracy"), by=by)
+    accuracy = ex.interval(results.last("test_accuracy"), by=by, bounds=ex.SHARE)
     tables = {
         "accuracy": accuracy,
         "effective rate over base rate": ex.interval(rates, by=[*by, "kind"], log=True),
         "effective rate over that of convolutions": than,
         "root of second moment over eps": ex.interval(roots, by=[*by, "kind"], log=True),
         "growth of second moment": ex.interval(growth.map(np.exp).reset_index(), by=by, log=True),
-        "vanished": ex.interval(worst, by=by),
+        "vanished": ex.interval(worst, by=by, bounds=ex.SHARE),
     }
     form = "{model} under Adam at {rate:g}: "
     of = (

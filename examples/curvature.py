@@ -84,8 +84,9 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
 
     within = rows[rows.step > 0].groupby(["batch", "seed"])[pair].apply(rank).rename("value").reset_index()
     ends = rows.groupby(["batch", "seed"]).tail(1).groupby("seed")[pair].apply(rank).rename("value")
-    over = ex.interval(ends.reset_index().assign(batch="all"), by=["batch"]).assign(over="over batches")
-    return pd.concat([ex.interval(within, by=["batch"]).assign(over="over time"), over])
+    over = ex.interval(ends.reset_index().assign(batch="all"), by=["batch"], bounds=ex.CORRELATION)
+    time = ex.interval(within, by=["batch"], bounds=ex.CORRELATION)
+    return pd.concat([time.assign(over="over time"), over.assign(over="over batches")])
 
 
 def at_equal_loss(results: ex.Results, rows: pd.DataFrame) -> pd.DataFrame:
@@ -108,8 +109,8 @@ def analyse(results: ex.Results) -> ex.Findings:
     tables = {
         "largest eigenvalue in the end": ex.interval(end, by=["batch"], value="eigenvalue"),
         "eigenvalue at equal loss": ex.interval(equal, by=["batch", "level"]),
-        "susceptibility in the end": ex.interval(end, by=["batch"], value="susceptibility"),
-        "accuracy": ex.interval(results.last("test_accuracy"), by=["batch"]),
+        "susceptibility in the end": ex.interval(end, by=["batch"], value="susceptibility", bounds=(-1, 1)),
+        "accuracy": ex.interval(results.last("test_accuracy"), by=["batch"], bounds=ex.SHARE),
         "correlation": correlations(rows),
         "highest sharpness over 2/lr": ex.interval(peak, by=["rate"]),
         "last sharpness over 2/lr": ex.interval(results.last("sharpness"), by=["rate"]),

@@ -81,7 +81,7 @@ def frozen_share(results: ex.Results) -> pd.DataFrame:
 def verdicts(results: ex.Results) -> pd.DataFrame:
     """In how many runs of each width each rule told of a layer, beside the accuracy and the saturation."""
     runs = results.last("test_accuracy").query("part == 'sizes'")
-    table = ex.interval(runs, by=["width"])
+    table = ex.interval(runs, by=["width"], bounds=ex.SHARE)
     for rule in RULES:
         topic = f"alerts.{rule}"
         told = results.rows(topic) if topic in results.topics else runs[:0]
@@ -95,11 +95,11 @@ def analyse(results: ex.Results) -> ex.Findings:
     accuracy = results.last("test_accuracy").query("part == 'freezing'")
     seconds = results.last("cpu_seconds")
     tables = {
-        "accuracy": ex.interval(accuracy, by=["plan"]),
-        "accuracy gained": ex.paired(accuracy, "plan", "plain"),
+        "accuracy": ex.interval(accuracy, by=["plan"], bounds=ex.SHARE),
+        "accuracy gained": ex.paired(accuracy, "plan", "plain", bounds=ex.SHARE),
         "CPU time over plain": ex.paired(seconds, "plan", "plain", log=True),
         "CPU time over watched": ex.paired(seconds, "plan", WATCHED, log=True),
-        "share of layer-steps frozen": ex.interval(frozen_share(results), by=["plan"]),
+        "share of layer-steps frozen": ex.interval(frozen_share(results), by=["plan"], bounds=ex.SHARE),
         "rules": verdicts(results),
     }
     spread = "{mean:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -120,7 +120,9 @@ def analyse(results: ex.Results) -> ex.Findings:
         "accuracies": ex.points(
             tables["accuracy"], x="plan", color="plan", title="test accuracy", size=(620, 160)
         ),
-        "saturation": ex.curves(saturation, color="width", column="layer", title="saturation"),
+        "saturation": ex.curves(
+            saturation, color="width", column="layer", bounds=ex.SHARE, title="saturation"
+        ),
     }
     return ex.Findings(answers, tables, figures)
 

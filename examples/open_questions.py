@@ -117,15 +117,15 @@ def analyse(results: ex.Results) -> ex.Findings:
     last, loss, by = results.last("test_accuracy"), results.rows("loss"), ["method", "rate", "net"]
     first, norm = last[last.part == "rates"], last[last.part == "norm"]
     ends = results.last("loss").query("part == 'rates'")
-    gained = ex.paired(norm[norm.net != "none, He"], "net", "none", by=["method", "rate"])
+    gained = ex.paired(norm[norm.net != "none, He"], "net", "none", by=["method", "rate"], bounds=ex.SHARE)
     second = results.rows("second_moment")
     ways = second[second.value > 0].groupby([*by, "seed", "layer"], sort=False).value
     growth = (ways.last() / ways.first()).map(math.log).groupby(level=[*by, "seed"], sort=False).mean()
     tables = {
-        "accuracy with Adam's rates": ex.interval(first, by=["method"]),
-        "accuracy over Adam's": ex.paired(first, "method", "Adam"),
+        "accuracy with Adam's rates": ex.interval(first, by=["method"], bounds=ex.SHARE),
+        "accuracy over Adam's": ex.paired(first, "method", "Adam", bounds=ex.SHARE),
         "loss over Adam's": ex.paired(ends, "method", "Adam", log=True),
-        "accuracy with batch norm or without": ex.interval(norm, by=by),
+        "accuracy with batch norm or without": ex.interval(norm, by=by, bounds=ex.SHARE),
         "gain by batch norm": gained,
         "growth of second moments": ex.interval(growth.map(math.exp).reset_index(), by=by, log=True),
     }
@@ -135,7 +135,7 @@ def analyse(results: ex.Results) -> ex.Findings:
         *ex.sentences("{method} at {rate:g}: batch norm changes test accuracy by " + spread, gained),
     ]
     named = norm.assign(setting=norm.method + " " + norm.rate.map("{:g}".format))
-    accuracy = ex.interval(named, by=["setting", "net"])
+    accuracy = ex.interval(named, by=["setting", "net"], bounds=ex.SHARE)
     figures: dict[str, ex.Figure] = {
         "rates": ex.curves(loss[loss.part == "rates"], x="epoch", color="method", log=True, title="loss"),
         "norm": ex.points(accuracy, x="setting", color="net", title="test accuracy", size=(420, 200)),

@@ -39,7 +39,7 @@ SCHEDULES: Final = (
 def conditions(scale: ex.Scale) -> list[ex.Settings]:
     """Schedules x base rates x batch sizes, and beside them the ratio fixed layer by layer."""
     rates = scale.pick(smoke=(0.1,), digits=(0.003, 0.1, 1.0), full=(0.003, 0.2, 1.0))
-    batches = scale.pick(smoke=(256,), digits=(32, 256), full=(32, 128, 512))
+    batches = scale.pick(smoke=(256,), digits=(32, 128, 256), full=(32, 128, 512))
     epochs = scale.pick(smoke=1, digits=20, full=100)
     # What scales gradients to one ratio comes to the same whatever the rate is.
     grid = [*itertools.product(SCHEDULES, rates), ("fixed ratio", rates[len(rates) // 2])]
@@ -103,24 +103,28 @@ def analyse(results: ex.Results) -> ex.Findings:
     """Final accuracies, what each schedule gains over the constant rate, and how it went."""
     last = results.last("test_accuracy")
     cells = ["schedule", "rate", "batch"]
-    gains = ex.paired(last, "schedule", "constant", by=["rate", "batch"])
+    gains = ex.paired(last, "schedule", "constant", by=["rate", "batch"], bounds=ex.SHARE)
     traces = results.rows("test_accuracy")
     middle = last.loc[last.schedule == "fixed ratio", "rate"].iloc[0]
     fixed = traces[traces.schedule.isin(["constant", "fixed ratio"]) & (traces.rate == middle)]
     ratios = results.rows("ratio")
+    accuracy = ex.interval(last, by=cells, bounds=ex.SHARE)
     steered = ex.interval(results.last("ratio"), by=cells)
     return ex.Findings(
         answers=[verdict(str(name), cells) for name, cells in gains.groupby("schedule", sort=False)],
-        tables={"accuracy": ex.interval(last, by=cells), "gain": gains, "final ratio": steered},
+        tables={"accuracy": accuracy, "gain": gains, "final ratio": steered},
         figures={
             "traces": ex.curves(
                 traces[traces.schedule.isin(SCHEDULES)],
                 x="epoch", color="schedule", row="batch", column="rate", title="test accuracy",
+                bounds=ex.SHARE,
             ),
             "accuracies": ex.points(
-                ex.interval(last, by=cells), x="rate", color="schedule", column="batch", title="test accuracy"
+                accuracy, x="rate", color="schedule", column="batch", title="test accuracy"
             ),
-            "fixed-ratio": ex.curves(fixed, x="epoch", color="schedule", column="batch", title="accuracy"),
+            "fixed-ratio": ex.curves(
+                fixed, x="epoch", color="schedule", column="batch", title="accuracy", bounds=ex.SHARE
+            ),
             "ratios": ex.curves(
                 ratios[ratios.value > 0],
                 x="epoch", color="schedule", row="batch", column="rate", log=True, title="mean ratio",

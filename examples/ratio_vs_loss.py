@@ -77,7 +77,8 @@ def correlation(rows: pd.DataFrame, when: str) -> pd.DataFrame:
     found = rows.groupby(["optimizer", "rate", "seed"], sort=False)[["ratio", "decrease"]].apply(
         lambda run: run.ratio.corr(run.decrease)
     )
-    return ex.interval(found.rename("value").reset_index(), by=["optimizer", "rate"]).assign(when=when)
+    table = found.rename("value").reset_index()
+    return ex.interval(table, by=["optimizer", "rate"], bounds=ex.CORRELATION).assign(when=when)
 
 
 def lines(rows: pd.DataFrame, quantities: list[str], *, log: bool = False) -> ex.Figure:
@@ -111,7 +112,7 @@ def analyse(results: ex.Results) -> ex.Findings:
     mean = rows.groupby([*by, "seed", "epoch"], sort=False).loss.mean().reset_index()
     reached = mean[mean.loss < 0.1].groupby([*by, "seed"], sort=False).epoch.min() + 1
     tables = {
-        "accuracy": ex.interval(results.last("test_accuracy"), by=by),
+        "accuracy": ex.interval(results.last("test_accuracy"), by=by, bounds=ex.SHARE),
         "correlation": pd.concat([correlation(rows, "all"), correlation(rows[rows.share >= 0.1], "later")]),
         "exponent": follows,
         "law": ex.interval(law.pipe(np.exp).rename("value").reset_index(), by=by, log=True),

@@ -1,13 +1,10 @@
-"""The harness of the experiments: what is run, what is not run again, and the arithmetic of the findings."""
+"""The harness of the experiments: what is run, what is not run again, and how runs are read back."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,13 +20,7 @@ from streamlens.lab.experiments import (
     Scale,
     Settings,
     Trial,
-    curves,
-    interval,
-    paired,
-    points,
-    sentences,
 )
-from streamlens.lab.experiments.findings import markdown
 from streamlens.lab.experiments.scale import parse
 from streamlens.lab.experiments.trial import is_complete, store_of
 from streamlens.runs import list_runs
@@ -194,114 +185,23 @@ def test_csv_files_hold_every_topic_of_every_run(results: Results, tmp_path: Pat
     assert np.allclose(read.value, results.rows("weights.norm2").value, rtol=1e-6)
 
 
-ROWS = pd.DataFrame(
-    [
-        {"rate": rate, "batch": batch, "seed": seed, "value": 10 * rate + batch + (seed - 2) ** 2 * rate}
-        for rate in (1.0, 2.0)
-        for batch in (1, 2)
-        for seed in range(5)
+def test_the_last_values_come_in_the_order_of_the_runs_however_long_these_are(tmp_path: Path) -> None:
+    lengths = Experiment(
+        "lengths",
+        lambda _: [{"rate": 0.1, "epochs": 2}, {"rate": 1.0, "epochs": 1}],
+        train,
+        lambda _: Findings(),
+    )
+    last = lengths.run(scale(tmp_path)).last("weights.norm2")
+    assert list(zip(last.rate, last.seed, last.step, strict=True)) == [
+        (0.1, 0, 9),
+        (1.0, 0, 3),
+        (0.1, 1, 9),
+        (1.0, 1, 3),
     ]
-)
-T4 = 2.776445105
-"""The 97.5% quantile of Student's distribution with 4 degrees of freedom, from a printed table."""
 
 
-def test_an_interval_is_students() -> None:
-    table = interval(ROWS, by=["rate", "batch"]).set_index(["rate", "batch"])
-    values = [10.0 * 2 + 1 + d * 2 for d in (4, 1, 0, 1, 4)]
-    mean = sum(values) / 5
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / 4)
-    found = {column: table[column][2.0, 1] for column in table}
-    assert found["mean"] == pytest.approx(mean)
-    assert found["deviation"] == pytest.approx(deviation)
-    assert found["low"] == pytest.approx(mean - T4 * deviation / math.sqrt(5))
-    assert found["high"] == pytest.approx(mean + T4 * deviation / math.sqrt(5))
-    assert found["runs"] == 5
-
-
-def test_an_interval_of_factors_is_that_of_the_logarithms() -> None:
-    table = interval(ROWS, by=["rate", "batch"], log=True).set_index(["rate", "batch"])
-    logs = interval(ROWS.assign(value=np.log(ROWS.value)), by=["rate", "batch"]).set_index(["rate", "batch"])
-    for column in ("mean", "low", "high"):
-        assert np.allclose(np.log(table[column]), logs[column])
-    with pytest.raises(ValueError, match="needs values above 0"):
-        interval(ROWS.assign(value=0.0), by=["rate", "batch"], log=True)
-
-
-def test_an_interval_holds_the_true_mean_19_times_of_20() -> None:
-    random = np.random.default_rng(0)
-    rows = pd.DataFrame({"group": np.repeat(range(2000), 5), "value": random.normal(3, 2, 10_000)})
-    table = interval(rows, by=["group"])
-    assert table.low.lt(3).mul(table.high.gt(3)).mean() == pytest.approx(0.95, abs=0.015)
-
-
-def test_one_run_has_no_interval_and_missing_values_are_no_runs() -> None:
-    one = interval(ROWS[ROWS.seed == 0], by=["rate", "batch"])
-    assert one.low.isna().all()
-    assert (one.runs == 1).all()
-    gone = interval(ROWS.assign(value=ROWS.value.where(ROWS.seed > 1)), by=["rate", "batch"])
-    assert (gone.runs == 3).all()
-
-
-def test_several_values_of_one_run_are_not_taken_for_several_runs() -> None:
-    with pytest.raises(ValueError, match="groups by rate hold several values of one run"):
-        interval(ROWS, by=["rate"])
-
-
-@pytest.mark.parametrize("log", [False, True])
-def test_pairs_are_compared_seed_by_seed(log: bool) -> None:
-    table = paired(ROWS, "rate", 1.0, by=["batch"], log=log).set_index("batch")
-    value = ROWS.set_index(["rate", "batch", "seed"]).value
-    for batch in (1, 2):
-        pairs = [(value[2.0, batch, seed], value[1.0, batch, seed]) for seed in range(5)]
-        changes = [math.log(a / b) if log else a - b for a, b in pairs]
-        mean = sum(changes) / 5
-        assert table.loc[batch, "mean"] == pytest.approx(math.exp(mean) if log else mean)
-        assert table.loc[batch, "runs"] == 5
-    with pytest.raises(ValueError, match="no run has rate = 3: there are"):
-        paired(ROWS, "rate", 3)
-
-
-# -- findings, figures, the command line -----------------------------------------------------------
-
-
-def test_findings_are_written_as_svg_html_csv_and_markdown(tmp_path: Path) -> None:
-    table = interval(ROWS, by=["rate", "batch"])
-    rows = ROWS.assign(step=ROWS.batch)
-    figures = {
-        "curves": curves(rows, color="rate", column="batch", log=True),
-        "points": points(table, x="batch", color="rate"),
-    }
-    Findings(["42 is the answer"], {"gain": table}, figures).write(tmp_path, "rates")
-    for name in figures:
-        assert (tmp_path / f"{name}.svg").read_text().startswith("<svg")
-        page = (tmp_path / f"{name}.html").read_text()
-        assert "vega" in page
-        assert 'src="http' not in page
-    assert len(pd.read_csv(tmp_path / "table-gain.csv")) == 4
-    text = (tmp_path / "findings.md").read_text()
-    assert "- 42 is the answer" in text
-    assert "| rate | batch | mean (95% interval) | deviation | runs |" in text
-    assert "![points](points.svg)" in text
-
-
-def test_markdown_shows_a_mean_with_its_interval_and_escapes_bars() -> None:
-    table = pd.DataFrame({"which": ["a|b"], "mean": [1.23456], "low": [1.0], "high": [1.5], "runs": [5]})
-    assert markdown(table).splitlines()[-1] == "| a\\|b | 1.23 (1 to 1.5) | 5 |"
-
-
-def test_a_template_makes_a_sentence_of_each_row() -> None:
-    table = pd.DataFrame({"model": ["VGG", "ConvNet"], "mean": [0.5, 0.25]})
-    assert sentences("{model}: {mean:.0%}", table) == ["VGG: 50%", "ConvNet: 25%"]
-
-
-def test_curves_draw_the_mean_and_the_interval_of_each_place() -> None:
-    chart = curves(ROWS.assign(step=ROWS.batch), color="rate")
-    assert isinstance(chart, alt.LayerChart)
-    drawn = next(iter(json.loads(chart.to_json())["datasets"].values()))
-    table = interval(ROWS, by=["rate", "batch"])
-    assert [row["mean"] for row in drawn] == pytest.approx(list(table["mean"]))
-    assert [row["high"] for row in drawn] == pytest.approx(list(table["high"]))
+# -- the command line ----------------------------------------------------------------------------
 
 
 def test_the_command_line_runs_everything_and_prints_the_answers(

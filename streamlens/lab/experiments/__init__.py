@@ -11,7 +11,7 @@ A script states four things and hands them to an `Experiment`:
 
     def analyse(results: Results) -> Findings:           # tables, figures and sentences, from all runs
         last = results.last("test_accuracy")
-        return Findings(tables={"accuracy": interval(last, by=["rate"])}, ...)
+        return Findings(tables={"accuracy": interval(last, by=["rate"], bounds=SHARE)}, ...)
 
     experiment = Experiment("rates", conditions, train, analyse)
     if __name__ == "__main__":
@@ -28,7 +28,8 @@ What is given with that:
 - **Results** are read from the run stores as pandas tables, with a column for each setting, and left as CSV
   (a file a topic) in `<out>/<name>`.
 - **Comparisons** are means over seeds with 95% intervals (`interval`), of differences run by run where
-  conditions share their seeds (`paired`).
+  conditions share their seeds (`paired`). Shares and correlations (`SHARE`, `CORRELATION`) have intervals
+  that stay within what they can be.
 - **Figures** become SVG and HTML in the colours of the views, tables CSV, and `findings.md` has all of it.
 
 The command line of every script: `--dataset`, `--data-dir`, `--smoke`, `--seeds`, `--jobs`, `--device`,
@@ -40,11 +41,13 @@ from __future__ import annotations
 from streamlens.lab.experiments.experiment import Experiment
 from streamlens.lab.experiments.figures import Figure, curves, points
 from streamlens.lab.experiments.findings import Findings, sentences
-from streamlens.lab.experiments.results import Results, interval, paired
+from streamlens.lab.experiments.results import CORRELATION, SHARE, Results, interval, paired
 from streamlens.lab.experiments.scale import Scale
 from streamlens.lab.experiments.trial import ExperimentError, Settings, Trial
 
 __all__ = [
+    "CORRELATION",
+    "SHARE",
     "Experiment",
     "ExperimentError",
     "Figure",

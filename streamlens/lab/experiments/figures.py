@@ -25,6 +25,7 @@ def curves(
     row: str | None = None,
     column: str | None = None,
     log: bool = False,
+    bounds: tuple[float, float] | None = None,
     title: str = "value",
     free: bool = False,
     size: tuple[int, int] = _SIZE,
@@ -38,6 +39,7 @@ def curves(
         row: What the rows of charts are.
         column: What the columns of charts are.
         log: For values above 0 that differ by factors: a logarithmic axis, and geometric means.
+        bounds: For values between two numbers: those of their intervals, as for `interval`.
         title: Of the value axis.
         free: Whether each chart has a value axis of its own.
         size: Width and height of a chart in pixels.
@@ -45,7 +47,7 @@ def curves(
     facets = [name for name in (row, column) if name is not None]
     if log:
         rows = rows[rows.value > 0]
-    table = interval(rows, [*facets, color, x], log=log)
+    table = interval(rows, [*facets, color, x], log=log, bounds=bounds)
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     base = alt.Chart(table, width=size[0], height=size[1]).encode(
         x=alt.X(f"{x}:Q", title=x, axis=alt.Axis(tickCount=5)),

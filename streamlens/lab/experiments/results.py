@@ -6,16 +6,23 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from streamlens.errors import UnknownTopicError, did_you_mean
 from streamlens.lab.experiments.trial import Settings
 from streamlens.runs import read_run
 
-__all__ = ["Results", "file_name", "interval", "paired"]
+__all__ = ["CORRELATION", "SHARE", "Results", "file_name", "interval", "paired"]
+
+SHARE: Final = (0.0, 1.0)
+"""The bounds of a share, such as an accuracy."""
+
+CORRELATION: Final = (-1.0, 1.0)
+"""The bounds of a correlation."""
 
 
 def file_name(name: str) -> str:
@@ -69,7 +76,12 @@ class Results:
         rows = self.rows(topic)
         keys = [*self.settings.columns, "layer", *(["component"] if "component" in rows else [])]
         keys = [key for key in keys if key in rows]
-        return rows.sort_values("step", kind="stable").groupby(keys, sort=False, dropna=False).tail(1)
+        return (
+            rows.sort_values("step", kind="stable")
+            .groupby(keys, sort=False, dropna=False)
+            .tail(1)
+            .sort_index()
+        )
 
     def write_csv(self, folder: Path) -> list[Path]:
         """Write each topic of numbers to a file of its own.
@@ -108,13 +120,22 @@ class Results:
 
 
 def interval(
-    rows: pd.DataFrame, by: Sequence[str], *, value: str = "value", level: float = 0.95, log: bool = False
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    *,
+    value: str = "value",
+    level: float = 0.95,
+    log: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> pd.DataFrame:
     """The mean over runs, and the interval that holds the true one with 95% confidence.
 
     mean +- t s / sqrt(n), s being the deviation (over n - 1) of the n runs, t the quantile of Student's
     distribution with n - 1 degrees of freedom. With `log` this is done with logarithms: the result is the
-    geometric mean, and its interval.
+    geometric mean, and its interval. With `bounds` it is the interval of the mean's log-odds between them,
+    whose deviation is s times the slope there (the delta method), carried back: it never passes them, and
+    comes to the plain one as s grows small. For `CORRELATION` that transform is Fisher's z, for
+    `SHARE` the interval is what surveys report of proportions (Korn and Graubard 1998).
 
     Args:
         rows: One row a run in each group.
@@ -122,17 +143,18 @@ def interval(
         value: The column of the values; missing ones are left out.
         level: The confidence.
         log: For values above 0 that differ by factors.
+        bounds: For values that lie between two numbers, such as `SHARE` and `CORRELATION`.
 
     Returns:
         A row a group: the columns `by`, `mean`, `low`, `high`, `deviation` (over runs; with `log` that of the
         logarithms) and `runs`. Without a second run the interval is NaN.
 
     Raises:
-        ValueError: `log` with values that are not above 0, or groups in which a run comes twice.
+        ValueError: `log` with values that are not above 0, values beyond `bounds`, both asked for, or groups
+            in which a run comes twice.
     """
     rows = rows.dropna(subset=[value])
-    if log and (rows[value] <= 0).any():
-        raise ValueError(f"the logarithm of {value!r} needs values above 0")
+    _check_values(rows[value], log, bounds)
     if "seed" in rows and rows.duplicated([*by, "seed"]).any():
         raise ValueError(f"groups by {', '.join(by)} hold several values of one run: average those first")
     used = rows.assign(**{value: np.log(rows[value]) if log else rows[value].astype(float)})
@@ -142,9 +164,34 @@ def interval(
         stats.t.ppf((1 + level) / 2, (table.runs - 1).clip(lower=1)) * table.deviation / np.sqrt(table.runs)
     )
     table["low"], table["high"] = table["mean"] - half, table["mean"] + half
+    if bounds is not None:
+        table["low"], table["high"] = (_within(table["mean"], sign * half, bounds) for sign in (-1, 1))
     if log:
         table[["mean", "low", "high"]] = np.exp(table[["mean", "low", "high"]])
     return table[[*by, "mean", "low", "high", "deviation", "runs"]]
+
+
+def _check_values(values: pd.Series, log: bool, bounds: tuple[float, float] | None) -> None:
+    if log and bounds is not None:
+        raise ValueError("an interval is one of factors (log) or one between bounds, not both")
+    if log and (values <= 0).any():
+        raise ValueError(f"the logarithm of {values.name!r} needs values above 0")
+    if bounds is not None and not values.between(*bounds).all():
+        low, high = bounds
+        raise ValueError(
+            f"{values.name!r} goes from {values.min():g} to {values.max():g}: beyond {low:g} or {high:g}"
+        )
+
+
+def _within(mean: pd.Series, shift: pd.Series, bounds: tuple[float, float]) -> pd.Series:
+    """The mean moved by `shift` on the scale of its log-odds between the bounds; never past them."""
+    low, high = bounds
+    share = (mean - low) / (high - low)
+    slope = share * (1 - share) * (high - low)
+    # A mean at a bound is that of runs that are all there, and has nowhere to go.
+    inside = slope > 0
+    odds = special.logit(share.where(inside, 0.5)) + shift / slope.where(inside, 1.0)
+    return pd.Series(np.where(inside, low + (high - low) * special.expit(odds), mean + shift), mean.index)
 
 
 def paired(
@@ -155,6 +202,7 @@ def paired(
     *,
     value: str = "value",
     log: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> pd.DataFrame:
     """How conditions differ from one of them, seed by seed.
 
@@ -167,12 +215,13 @@ def paired(
         by: The columns in which both are alike.
         value: The column of the values.
         log: Quotients instead of differences: their geometric mean.
+        bounds: Of the values, as for `interval`; differences are at most as large as these are apart.
 
     Returns:
         As `interval`, a row for each other condition in each group.
 
     Raises:
-        ValueError: There is no such condition.
+        ValueError: There is no such condition, values are beyond `bounds`, or `bounds` come with `log`.
     """
     keys = [*by, "seed"]
     base = rows.loc[rows[of] == against, [*keys, value]].rename(columns={value: "_base"})
@@ -180,4 +229,7 @@ def paired(
         raise ValueError(f"no run has {of} = {against!r}: there are {sorted(map(str, rows[of].unique()))}")
     both = rows[rows[of] != against].merge(base, on=keys)
     both["change"] = both[value] / both["_base"] if log else both[value] - both["_base"]
-    return interval(both, [of, *by], value="change", log=log)
+    if bounds is not None:
+        _check_values(rows[value], log, bounds)
+        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    return interval(both, [of, *by], value="change", log=log, bounds=bounds)
